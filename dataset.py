@@ -1,0 +1,198 @@
+"""Stanford Dogs, or any set in its layout: lists, a seeded stratified split, the pictures, and their loaders.
+
+Layout: DATA_DIR/Images/<breed folder>/<file> and DATA_DIR/lists/{train,test}_list.mat (MATLAB 5 files with the cell
+column `file_list` of names below Images and the column `labels` counted from 1).
+"""
+
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from scipy.io import loadmat
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class DataError(Exception):
+    """Something is wrong with the user's data; the message is one line that says what and what to do."""
+
+
+class PictureList(NamedTuple):
+    """Pictures with their labels (counted from 0) and the names that the labels stand for."""
+
+    files: list[Path]
+    labels: list[int]
+    class_names: list[str]
+
+
+def read_list(data_dir: str | Path, split: str) -> PictureList:
+    """Read the official list of a split, "train" or "test", and check that every listed picture is there.
+
+    Raises DataError for a missing folder, a missing or broken list and missing pictures. Opens no picture.
+    """
+    data_dir = Path(data_dir)
+    if not (data_dir / "Images").is_dir():
+        raise DataError(
+            f"no pictures at {data_dir / 'Images'}: make them with `python data/stanford_dogs.py` (Stanford Dogs) or "
+            "`python data/toy_dogs.py` (a small synthetic set in data/toy), or give another --data_dir"
+        )
+    path = data_dir / "lists" / f"{split}_list.mat"
+    if not path.is_file():
+        raise DataError(f"list {path} not found: run `python data/stanford_dogs.py` again to fetch the lists")
+    try:
+        content = loadmat(path, variable_names=["file_list", "labels"])
+        names = [str(name.item()) for name in content["file_list"].ravel()]
+        labels = [int(label) - 1 for label in content["labels"].ravel()]
+    except Exception as error:  # scipy raises many types on a broken file
+        raise DataError(f"list {path} cannot be read ({type(error).__name__}): fetch or make it again") from error
+    if not names or len(names) != len(labels):
+        raise DataError(f"list {path} is broken: it has {len(names)} file names and {len(labels)} labels")
+
+    folders: dict[int, str] = {}
+    for name, label in zip(names, labels):
+        parts = name.split("/")
+        if len(parts) != 2 or ".." in parts or "" in parts:
+            raise DataError(f"list {path} names {name!r}, which is not <breed folder>/<file> below Images")
+        if folders.setdefault(label, parts[0]) != parts[0]:
+            raise DataError(f"list {path} is broken: label {label + 1} stands for {folders[label]} and {parts[0]}")
+    if sorted(folders) != list(range(len(folders))) or len(set(folders.values())) != len(folders):
+        raise DataError(f"list {path} is broken: its labels must be 1 to the number of breeds, one for each folder")
+    files = [data_dir / "Images" / name for name in names]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise DataError(f"{len(missing)} of the {len(files)} pictures in {path} are missing: {first}")
+    class_names = [re.sub(r"^n\d+-", "", folders[label]).replace("_", " ") for label in range(len(folders))]
+    return PictureList(files, labels, class_names)
+
+
+def split_list(pictures: PictureList, valid_size: float, seed: int) -> tuple[PictureList, PictureList]:
+    """Hold out the fraction valid_size of each class, drawn from the seed. Returns (training, validation).
+
+    Raises DataError where a class has fewer than two pictures; otherwise each class keeps one on either side.
+    """
+    rng = random.Random(f"split {seed}")
+    held_out = set()
+    for label, name in enumerate(pictures.class_names):
+        members = [i for i, other in enumerate(pictures.labels) if other == label]
+        if len(members) < 2:
+            raise DataError(f"class {name} has {len(members)} training picture: a validation split needs at least two")
+        n_valid = min(max(1, round(valid_size * len(members))), len(members) - 1)
+        held_out.update(rng.sample(members, n_valid))
+
+    def subset(indices: list[int]) -> PictureList:
+        files, labels = zip(*((pictures.files[i], pictures.labels[i]) for i in indices))
+        return PictureList(list(files), list(labels), pictures.class_names)
+
+    everything = range(len(pictures.files))
+    return subset([i for i in everything if i not in held_out]), subset([i for i in everything if i in held_out])
+
+
+def describe_data(train: PictureList, valid: PictureList, seed: int) -> dict[str, Any]:
+    """What a checkpoint remembers of the lists that it was trained and validated on."""
+    sizes = {"training pictures": len(train.files), "validation pictures": len(valid.files)}
+    return {"class_names": train.class_names, **sizes, "seed": seed}
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """Open any picture as upright 8-bit RGB; transparent parts become white. Raises DataError if it is unreadable."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it at 255
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"picture {path} not found") from None
+    except Exception as error:  # Pillow's decoders raise many types on a broken file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"picture {path} cannot be read ({reason}): replace it or take it off the list") from error
+
+
+def crop_to_canvas(image: Image.Image, size: int, rng: random.Random | None = None) -> Tensor:
+    """Square crop of the short side, resized once: uint8 [3, size, size].
+
+    Without rng the crop is the middle one; with it, a random one of a picture that is mirrored at random. This is
+    the only augmentation, so that the context and the glimpses of a picture can never disagree.
+    """
+    if rng is not None and rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    side = min(image.size)
+    slack = image.width - side, image.height - side
+    left, top = (rng.randint(0, room) if rng is not None else room // 2 for room in slack)
+    canvas = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+
+class PictureDataset(Dataset):
+    """Pictures as (uint8 canvas [3, S, S], label). Each is opened and decoded once.
+
+    An index gives the middle crop; a pair (index, seed) of `TrainSampler` the crop and mirroring drawn from the seed.
+    """
+
+    def __init__(self, pictures: PictureList, canvas_size: int) -> None:
+        self.pictures = pictures
+        self.canvas_size = canvas_size
+
+    def __len__(self) -> int:
+        return len(self.pictures.files)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        index, rng = (key, None) if isinstance(key, int) else (key[0], random.Random(key[1]))
+        image = read_picture(self.pictures.files[index])
+        return crop_to_canvas(image, self.canvas_size, rng), self.pictures.labels[index]
+
+
+class TrainSampler(Sampler):
+    """Shuffled (index, seed) pairs of one process's share of an epoch, all drawn from (seed, epoch).
+
+    Whatever the number of workers and processes, batch number i of all processes together is the same pictures with
+    the same augmentation. The last `n_pictures % world_size` pictures of the order sit the epoch out.
+    """
+
+    def __init__(self, n_pictures: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.n_pictures, self.seed = n_pictures, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.n_pictures // self.world_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        rng = random.Random(f"epoch {self.seed} {self.epoch}")
+        keys = [(index, rng.getrandbits(32)) for index in range(self.n_pictures)]
+        rng.shuffle(keys)
+        return iter(keys[self.rank :: self.world_size][: len(self)])
+
+
+def make_loader(
+    pictures: PictureList,
+    order: Sampler | range,
+    *,
+    canvas_size: int,
+    batch_size: int,
+    num_workers: int,
+    drop_last: bool = False,
+) -> DataLoader:
+    """Batches of (uint8 [B, 3, S, S], int64 [B]) in the given order, from workers that outlive the epoch.
+
+    drop_last: leave out a last batch that is not full, unless it is the only one.
+    """
+    return DataLoader(
+        PictureDataset(pictures, canvas_size),
+        batch_size=max(1, min(batch_size, len(order))),
+        sampler=order,
+        num_workers=num_workers,
+        drop_last=drop_last,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator().manual_seed(0),  # seeds the workers; what is drawn comes from the order alone
+    )

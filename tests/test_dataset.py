@@ -1,0 +1,215 @@
+"""Lists, the split, pictures of every kind, and what the loaders deliver."""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_picture, write_list
+from PIL import Image
+
+import dataset
+from dataset import DataError, PictureList, TrainSampler, make_loader, read_list, split_list
+from glimpse import build_pyramid, extract_patches
+
+
+def load(path: Path, size: int = 32) -> np.ndarray:
+    return dataset.crop_to_canvas(dataset.read_picture(path), size).permute(1, 2, 0).numpy()
+
+
+def test_list_in_the_official_format(make_data) -> None:
+    pictures = read_list(make_data(n_train=4, n_classes=3), "train")
+    assert len(pictures.files) == 12 and pictures.labels == [0] * 4 + [1] * 4 + [2] * 4
+    assert pictures.class_names == ["toy breed 1", "toy breed 2", "toy breed 3"]
+
+
+def test_split_is_stratified_seeded_and_disjoint() -> None:
+    labels = [label for label in range(120) for _ in range(100)]
+    official = PictureList([Path(str(i)) for i in range(12_000)], labels, [str(label) for label in range(120)])
+    train, valid = split_list(official, 0.1, seed=0)
+    assert len(train.files) == 10_800 and len(valid.files) == 1_200
+    assert set(Counter(valid.labels).values()) == {10} and not set(train.files) & set(valid.files)
+    assert split_list(official, 0.1, seed=0)[1].files == valid.files
+    assert split_list(official, 0.1, seed=1)[1].files != valid.files
+    assert all(official.labels[int(str(file))] == label for file, label in zip(valid.files, valid.labels))
+
+
+def test_split_keeps_one_picture_of_each_class_on_either_side() -> None:
+    for fraction in (0.01, 0.99):
+        train, valid = split_list(PictureList([Path(str(i)) for i in range(4)], [0, 0, 1, 1], ["a", "b"]), fraction, 0)
+        assert sorted(train.labels) == sorted(valid.labels) == [0, 1]
+    with pytest.raises(DataError, match="class b has 1 training picture"):
+        split_list(PictureList([Path(str(i)) for i in range(3)], [0, 0, 1], ["a", "b"]), 0.5, 0)
+
+
+def test_missing_folder_names_both_scripts(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"python data/stanford_dogs.py.*python data/toy_dogs.py"):
+        read_list(tmp_path / "nowhere", "train")
+
+
+def test_missing_and_broken_lists(make_data) -> None:
+    data_dir = make_data()
+    path = data_dir / "lists" / "train_list.mat"
+    names = [f"{folder.name}/train_0.jpg" for folder in sorted((data_dir / "Images").iterdir())]
+    for broken, message in (
+        ((names, [1, 2]), "labels"),
+        ((names, [1, 2, 4]), "1 to the number"),
+        ((names, [1, 1, 2]), "stands for"),
+        (([names[0], names[0]], [1, 2]), "one for each folder"),
+        ((["../../x.jpg", *names[1:]], [1, 2, 3]), "not <breed folder>/<file>"),
+        ((["../x.jpg", *names[1:]], [1, 2, 3]), "not <breed folder>/<file>"),
+    ):
+        write_list(path, *broken)
+        with pytest.raises(DataError, match=message):
+            read_list(data_dir, "train")
+    for content in (b"", b"no list", b"MATLAB 5.0 MAT-file" + bytes(200)):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="train_list.mat cannot be read"):
+            read_list(data_dir, "train")
+    path.unlink()
+    with pytest.raises(DataError, match="train_list.mat not found"):
+        read_list(data_dir, "train")
+
+
+def test_missing_pictures_are_counted_and_named(make_data) -> None:
+    data_dir = make_data(n_train=6)
+    for i in range(5):
+        next((data_dir / "Images").glob(f"*1/train_{i}.jpg")).unlink()
+    with pytest.raises(DataError, match=r"^5 of the 18 .*train_0.jpg, .*train_1.jpg, .*train_2.jpg, \.\.\.$"):
+        read_list(data_dir, "train")
+
+
+def test_unusual_modes_come_out_as_the_rgb_picture_they_show(tmp_path: Path) -> None:
+    picture = draw_picture(np.random.default_rng(0), 40, 40)
+    expected, grey = np.array(picture), np.array(picture.convert("L"))
+
+    def check(name: str, image: Image.Image, wanted: np.ndarray, tolerance: float, **options: object) -> None:
+        image.save(tmp_path / name, **options)
+        error = np.abs(load(tmp_path / name, 40).astype(float) - wanted).mean()
+        assert error <= tolerance, f"{name} is {error:.1f} of 255 off"
+
+    grey_rgb = np.repeat(grey[..., None], 3, axis=2)
+    check("rgb.png", picture, expected, 0)
+    check("rgb.jpg", picture, expected, 3, quality=95)
+    check("grey.png", picture.convert("L"), grey_rgb, 0)
+    check(
+        "black_and_white.png",
+        picture.convert("1"),
+        np.repeat(np.array(picture.convert("1"))[..., None] * 255.0, 3, 2),
+        0,
+    )
+    check("grey16.png", Image.fromarray(grey.astype(np.uint16) * 257), grey_rgb, 1)
+    check("grey16.tif", Image.fromarray(grey.astype(np.uint16) * 257), grey_rgb, 1)
+    check("cmyk.jpg", picture.convert("CMYK"), expected, 4, quality=95)
+    check("palette.png", picture.quantize(256), np.array(picture.quantize(256).convert("RGB")), 0)
+    alpha = Image.fromarray(np.tile(np.repeat([0, 255], 20).astype(np.uint8), (40, 1)))
+    on_white = np.where(np.array(alpha)[..., None] == 255, expected, 255)
+    translucent = picture.copy()
+    translucent.putalpha(alpha)
+    check("alpha.png", translucent, on_white, 0)
+    check("grey_alpha.png", translucent.convert("LA"), np.where(np.array(alpha)[..., None] == 255, grey_rgb, 255), 0)
+    palette = picture.quantize(200)
+    wanted = np.where(np.array(palette)[..., None] == 7, 255, np.array(palette.convert("RGB")))
+    check("palette_alpha.png", palette, wanted, 0, transparency=7)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
+    upright = draw_picture(np.random.default_rng(1), 40, 40)
+    back = {2: (0,), 3: (3,), 4: (1,), 5: (5,), 6: (2,), 7: (6,), 8: (4,)}  # Pillow's transpositions, undone by EXIF's
+    stored = upright
+    for step in back.get(orientation, ()):
+        stored = stored.transpose(Image.Transpose(step))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "photo.png", exif=exif)
+    assert (load(tmp_path / "photo.png", 40) == np.array(upright)).all()
+
+
+def test_unreadable_pictures_are_named(tmp_path: Path) -> None:
+    good = tmp_path / "good.jpg"
+    draw_picture(np.random.default_rng(0), 64, 64).save(good)
+    for name, content in (("empty.jpg", b""), ("text.jpg", b"hello"), ("cut.jpg", good.read_bytes()[:400])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name} cannot be read"):
+            dataset.read_picture(tmp_path / name)
+    with pytest.raises(DataError, match="gone.jpg not found"):
+        dataset.read_picture(tmp_path / "gone.jpg")
+
+
+def test_crops_are_square_inside_and_both_ways(tmp_path: Path) -> None:
+    ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (50, 1, 3)))  # a pixel names its x
+    centre = dataset.crop_to_canvas(ramp, 50)
+    assert centre.shape == (3, 50, 50) and centre.dtype == torch.uint8 and centre[0, 0, [0, -1]].tolist() == [75, 124]
+    starts, mirrored = [], []
+    for seed in range(200):
+        row = dataset.crop_to_canvas(ramp, 50, random.Random(seed))[0, 0].int()
+        assert (row.diff() == 1).all() or (row.diff() == -1).all()
+        starts.append(row.min().item())
+        mirrored.append(bool(row[0] > row[-1]))
+    assert min(starts) < 10 and max(starts) > 140 and 70 < sum(mirrored) < 130
+    tall = dataset.crop_to_canvas(ramp.rotate(90, expand=True), 50)
+    assert tall.shape == (3, 50, 50) and len(set(tall[0, :, 0].tolist())) == 50
+    assert dataset.crop_to_canvas(Image.new("RGB", (1, 5000)), 32).shape == (3, 32, 32)
+
+
+def test_full_size_glimpse_is_the_context_after_any_augmentation(make_data) -> None:
+    """The 2018 code paired a mirrored context with glimpses of the file as it was, from another window."""
+    pictures = read_list(make_data(), "train")
+    loader = make_loader(pictures, TrainSampler(len(pictures.files), 0), canvas_size=128, batch_size=18, num_workers=0)
+    canvas, _ = next(iter(loader))
+    pyramid = build_pyramid(canvas, (1, 2, 4), 32)
+    glimpses = extract_patches(pyramid, torch.zeros(18, 1, 2), (1, 2, 4), 32)[:, 0]
+    context = pyramid[4][:, :, 16:-16, 16:-16]
+    assert torch.equal(glimpses[:, 2], context)
+    finer = torch.nn.functional.interpolate(glimpses[:, 1], size=(16, 16), mode="bilinear", antialias=True)
+    assert (
+        finer - context[:, :, 8:24, 8:24]
+    ).abs().mean() < 2 / 255  # the close-up shows the middle of the same picture
+
+
+def test_each_picture_is_opened_once(make_data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 2018 code opened a file once for the context and once for each glimpse."""
+    pictures = read_list(make_data(), "train")
+    opened = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda path, *rest: opened.append(path) or real(path, *rest))
+    sampler = TrainSampler(len(pictures.files), 0)
+    for _ in make_loader(pictures, sampler, canvas_size=32, batch_size=4, num_workers=0):
+        pass
+    assert sorted(opened) == sorted(pictures.files)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_depends_on_seed_and_epoch_alone(make_data, num_workers: int) -> None:
+    pictures = read_list(make_data(), "train")
+
+    def epoch(seed: int, number: int, workers: int) -> tuple[torch.Tensor, list[int]]:
+        sampler = TrainSampler(len(pictures.files), seed)
+        loader = make_loader(pictures, sampler, canvas_size=32, batch_size=4, num_workers=workers)
+        sampler.epoch = number
+        torch.rand(number + 1)  # whatever else draws from the global state
+        batches = list(loader)
+        return torch.cat([canvas for canvas, _ in batches]), torch.cat([labels for _, labels in batches]).tolist()
+
+    canvas, labels = epoch(0, 1, num_workers)
+    assert torch.equal(canvas, epoch(0, 1, 0)[0]) and sorted(labels) == sorted(pictures.labels)
+    assert not torch.equal(canvas, epoch(0, 2, 0)[0]) and not torch.equal(canvas, epoch(1, 1, 0)[0])
+
+
+def test_processes_share_out_the_same_batches() -> None:
+    whole = list(TrainSampler(11, seed=3))
+    shares = [list(TrainSampler(11, seed=3, rank=rank, world_size=2)) for rank in range(2)]
+    assert [len(share) for share in shares] == [5, 5]
+    assert set(shares[0][:2] + shares[1][:2]) == set(whole[:4])  # two batches of 2 are the batch of 4
+    assert len(set(shares[0] + shares[1])) == 10
+
+
+def test_short_lists_still_make_a_batch(make_data) -> None:
+    pictures = read_list(make_data(n_train=2, n_classes=2), "train")
+    batches = list(make_loader(pictures, range(4), canvas_size=32, batch_size=9, num_workers=0, drop_last=True))
+    assert [len(labels) for _, labels in batches] == [4]
+    batches = list(make_loader(pictures, range(4), canvas_size=32, batch_size=3, num_workers=0))
+    assert [len(labels) for _, labels in batches] == [3, 1]
