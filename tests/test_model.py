@@ -1,0 +1,354 @@
+"""Networks, the rollout and its gradients, the loss against its scalar transcription."""
+
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+import torchvision
+from conftest import N_CLASSES
+from PIL import Image
+from torch import nn
+
+import glimpse
+import model
+from model import PretrainNetwork, Rollout, attention_loss, build_backbone, gaussian_log_prob, location_mean
+
+PAIRS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 4)]
+
+
+def canvases(n_pictures: int, patch_size: int = 32, start_size: int = 1) -> torch.Tensor:
+    side = glimpse.canvas_size(patch_size, start_size)
+    return torch.randint(0, 256, (n_pictures, 3, side, side), dtype=torch.uint8)
+
+
+def with_gradient(module: nn.Module) -> set[str]:
+    """Names of the direct children that a backward pass reached."""
+    return {
+        name
+        for name, child in module.named_children()
+        if any(parameter.grad is not None and parameter.grad.any() for parameter in child.parameters())
+    }
+
+
+# --- backbone
+
+
+def test_state_dict_keys_and_shapes_are_those_of_2018() -> None:
+    resnet = torchvision.models.resnet50()
+    resnet.conv1 = nn.Conv2d(3, 64, 5, 1, 2, bias=False)
+    expected = nn.Sequential(*list(resnet.children())[:-2]).state_dict()
+    ours = build_backbone("resnet50").state_dict()
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in expected.items()}
+    assert {"0.weight", "1.weight", "4.0.conv1.weight"} <= set(ours)
+
+
+@pytest.mark.parametrize(("arch", "n_features"), [("resnet18", 512), ("resnet50", 2048)])
+def test_backbone_maps_96_pixels_to_6_cells(arch: str, n_features: int) -> None:
+    backbone = build_backbone(arch).eval()
+    assert model.feature_size(backbone) == n_features
+    with torch.no_grad():
+        assert backbone(torch.randn(1, 3, 96, 96)).shape == (1, n_features, 6, 6)
+
+
+def test_stem_is_resampled_and_the_rest_taken_over() -> None:
+    resnet = torchvision.models.resnet18()
+    backbone = build_backbone("resnet18")
+    model.load_resnet_weights(backbone, {key: value.half() for key, value in resnet.state_dict().items()})
+    stem = backbone[0].weight
+    assert stem.shape == (64, 3, 5, 5) and stem.dtype == torch.float32
+    # A filter's answer to an even picture is the sum of its kernel; a blob stays a blob of the same sign.
+    flat = torch.ones(64, 3, 7, 7)
+    backbone_of_flat = build_backbone("resnet18")
+    model.load_resnet_weights(backbone_of_flat, {**resnet.state_dict(), "conv1.weight": flat})
+    assert torch.allclose(backbone_of_flat[0].weight.sum((2, 3)), flat.sum((2, 3)))
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 7), torch.linspace(-1, 1, 7), indexing="ij")
+    blob = torch.exp(-3 * (x**2 + y**2)).expand(64, 3, 7, 7)
+    model.load_resnet_weights(backbone_of_flat, {**resnet.state_dict(), "conv1.weight": blob})
+    assert torch.allclose(backbone_of_flat[0].weight.sum((2, 3)), blob.sum((2, 3)), rtol=0.1)
+    assert torch.equal(backbone[4][0].conv1.weight, resnet.layer1[0].conv1.weight.half().float())
+    assert torch.equal(backbone[7][1].bn2.running_var, resnet.layer4[1].bn2.running_var)
+
+
+def test_weights_of_another_network_are_refused() -> None:
+    with pytest.raises(RuntimeError):
+        model.load_resnet_weights(build_backbone("resnet18"), torchvision.models.resnet34().state_dict())
+    with pytest.raises(RuntimeError):
+        model.load_resnet_weights(build_backbone("resnet18"), {"something.else": torch.zeros(1)})
+
+
+# --- pre-training
+
+
+def test_pretraining_heads_read_their_resolutions() -> None:
+    net = PretrainNetwork(backbone=build_backbone("resnet18"), n_classes=N_CLASSES, patch_size=32).eval()
+    assert [head[0].in_features // 512 for head in net.heads] == [2, 2, 2, 3]
+    canvas = canvases(2)
+    changed = canvas.clone()
+    changed[:, :, 48:80, 48:80] = 0  # the middle quarter: nearly all that the high resolution sees
+    with torch.no_grad():
+        assert net(canvas).shape == (2, 4, N_CLASSES)
+        net.heads[2][0].weight.zero_()  # head 23 no longer listens
+        difference = (net(changed) - net(canvas)).abs().amax((0, 2))
+    assert (difference[[0, 1, 3]] > 0).all() and difference[2] == 0
+
+
+def test_resolutions_have_batch_statistics_of_their_own() -> None:
+    """Three passes of the backbone in training: one pass over all patches would mix their statistics."""
+    net = PretrainNetwork(backbone=build_backbone("resnet18"), n_classes=N_CLASSES, patch_size=32)
+    sizes = []
+    net.backbone.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    net(canvases(4))
+    assert sizes == [4, 4, 4]
+
+
+# --- where to look
+
+
+@pytest.mark.parametrize(("quadrant", "corner"), list(enumerate([(0, 0), (1, 0), (0, 1), (1, 1)])))
+def test_marker_in_a_quadrant_is_looked_at(quadrant: int, corner: tuple[int, int], make_model) -> None:
+    """The 2018 code inverted the vertical axis: attention on the top cut a glimpse from the bottom."""
+    net = make_model()
+    column, row = corner
+    picture = np.zeros((128, 128, 3), dtype=np.uint8)
+    picture[64 * row : 64 * row + 64, 64 * column : 64 * column + 64] = 255
+    canvas = torch.from_numpy(picture).permute(2, 0, 1).unsqueeze(0)
+    context = torch.nn.functional.adaptive_avg_pool2d(canvas.float(), 2)  # [1, 3, 2, 2], in the order of features
+    attention = torch.softmax(context.sum(1).flatten(1), dim=-1).view(1, 1, 4)
+    assert attention.argmax().item() == quadrant
+    location, _ = net.gaze(attention, torch.zeros(1, 1, 2), "learned")
+    assert torch.equal(torch.sign(location[0, 0]), torch.tensor([2.0 * column - 1, 2.0 * row - 1]))
+    left, top, right, bottom = glimpse.patch_boxes(location[0, 0], (1,), 32)[0].tolist()
+    assert (left + right) / 2 // 0.5 == column and (top + bottom) / 2 // 0.5 == row
+    pyramid = glimpse.build_pyramid(canvas, (1,), 32)
+    assert glimpse.extract_patches(pyramid, location, (1,), 32).mean() > 0.4  # the rest lies off the border
+
+
+def test_context_quadrants_are_in_the_order_of_attention(make_model) -> None:
+    net = make_model()
+    net.glimpse.backbone = nn.AvgPool2d(16)  # a backbone that sees no further than its cell
+    canvas = torch.zeros(4, 3, 128, 128, dtype=torch.uint8)
+    for quadrant in range(4):
+        row, column = divmod(quadrant, 2)
+        canvas[quadrant, :, 64 * row + 20 : 64 * row + 44, 64 * column + 20 : 64 * column + 44] = 255
+    features = net.glimpse.context(glimpse.build_pyramid(canvas, (1,), 32))  # [4, 3, 2, 2]
+    assert features.sum(1).flatten(1).argmax(1).tolist() == [0, 1, 2, 3]
+
+
+def test_attention_is_the_formula(make_model) -> None:
+    net = make_model(rnn_hidden=5)
+    locate = net.locate
+    V, h = torch.randn(2, 512, 2, 2), torch.randn(2, 3, 5)
+    with torch.no_grad():
+        first, later = locate(V, h, 0), locate(V, h, 1)
+    for b in range(2):
+        quadrants = [V[b, :, 0, 0], V[b, :, 0, 1], V[b, :, 1, 0], V[b, :, 1, 1]]
+        for m in range(3):
+            z = [(locate.first.weight.flatten() * v).sum() for v in quadrants]
+            assert torch.allclose(first[b, m], torch.softmax(torch.stack(z), 0), atol=1e-5)
+            hidden = locate.from_hidden.weight @ h[b, m]
+            z = [locate.score.weight[0] @ torch.tanh(locate.from_context.weight @ v + hidden) for v in quadrants]
+            assert torch.allclose(later[b, m], torch.softmax(torch.stack(z), 0), atol=1e-5)
+    assert all(module.bias is None for module in (locate.first, locate.from_context, locate.from_hidden, locate.score))
+
+
+def test_location_mean_is_the_formula() -> None:
+    a = torch.tensor([0.1, 0.2, 0.3, 0.4])  # top left, top right, bottom left, bottom right
+    assert torch.allclose(location_mean(a), torch.tensor([0.2 + 0.4 - 0.1 - 0.3, 0.3 + 0.4 - 0.1 - 0.2]))
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.5, 1.0])
+def test_score_has_mean_zero(mean: float) -> None:
+    """The 2018 code took log N at tanh(u): away from the middle its score pulls the gaze to the centre."""
+    n, std_dev = 200_000, 0.2
+    mu = torch.full((n, 2), mean, dtype=torch.float64, requires_grad=True)
+    sample = mu.detach() + std_dev * torch.randn(n, 2, dtype=torch.float64)
+    gaussian_log_prob(sample, mu, std_dev).sum().backward()
+    error = mu.grad.std(0) / math.sqrt(n)
+    assert (mu.grad.mean(0).abs() < 4 * error).all()
+    wrong = ((torch.tanh(sample) - mu.detach()) / std_dev**2).mean(0)  # what 2018 computed
+    assert mean == 0 or (wrong.abs() > 4 * error).all()
+
+
+def test_log_prob_is_the_density() -> None:
+    sample, mean = torch.tensor([0.3, -0.9]), torch.tensor([0.1, -0.5])
+    expected = sum(reference.normal_log_density(u, mu, 0.2) for u, mu in zip(sample.tolist(), mean.tolist()))
+    assert gaussian_log_prob(sample, mean, 0.2).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_policies(make_model) -> None:
+    net = make_model().eval()
+    canvas, noise = canvases(2), torch.randn(2, 3, 2, 2)
+    learned = net(canvas, noise)
+    deterministic = net(canvas, torch.zeros_like(noise))
+    assert torch.allclose(torch.atanh(deterministic.location), location_mean(deterministic.attention), atol=1e-5)
+    first = location_mean(learned.attention[:, :, 0]) + 0.2 * noise[:, :, 0]
+    assert torch.allclose(torch.atanh(learned.location[:, :, 0]), first, atol=1e-4)
+    assert (net(canvas, noise, "center").location == 0).all()
+    many = net.gaze(torch.full((1, 20_000, 4), 0.25), torch.randn(1, 20_000, 2), "random")[0][0]
+    histogram = torch.histc(many[:, 0], bins=10, min=-1, max=1)
+    assert ((histogram / 2_000 - 1).abs() < 0.15).all() and np.abs(np.corrcoef(many.T.numpy())[0, 1]) < 0.03
+    for policy in ("center", "random"):
+        rollout = net(canvas, noise, policy)
+        assert (rollout.log_prob == 0).all() and not rollout.log_prob.requires_grad
+
+
+# --- the rollout
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("n_glimpses", [1, 2, 3])
+def test_shapes_for_every_pair_of_scales(pair: tuple[int, int], n_glimpses: int, make_model) -> None:
+    k, start_size = pair
+    net = make_model(k=k, start_size=start_size, n_glimpses=n_glimpses)
+    for n_pictures, n_trajectories in ((1, 1), (3, 2)):
+        rollout = net(canvases(n_pictures, 32, start_size), torch.randn(n_pictures, n_trajectories, n_glimpses, 2))
+        B, M, T = n_pictures, n_trajectories, n_glimpses
+        shapes = [(B, M, N_CLASSES), (B, M, T, 2), (B, M, T, 4), (B, M, T), (B, M, T)]
+        assert [tuple(value.shape) for value in rollout] == shapes
+        assert all(value.isfinite().all() and value.dtype == torch.float32 for value in rollout)
+        assert (rollout.location.abs() < 1).all() and torch.allclose(rollout.attention.sum(-1), torch.ones(B, M, T))
+        assert ((rollout.baseline > 0) & (rollout.baseline < 1)).all()
+        sum(attention_loss(rollout, torch.zeros(B, dtype=torch.long))).backward()
+
+
+@pytest.mark.parametrize("patch_size", [64, 96])
+def test_other_patch_sizes(patch_size: int, make_model) -> None:
+    net = make_model(patch_size=patch_size, k=2, start_size=2)
+    assert net(canvases(2, patch_size, 2), torch.randn(2, 1, 2, 2)).logits.shape == (2, 1, N_CLASSES)
+
+
+def test_two_halves_of_a_batch_equal_the_whole(make_model) -> None:
+    """What DataParallel relies on: it cuts every tensor along the first axis and puts the answers together again."""
+    net = make_model(k=2, start_size=1).eval()
+    canvas, noise = canvases(5), torch.randn(5, 2, 2, 2)
+    whole = net(canvas, noise)
+    halves = [net(canvas[part], noise[part]) for part in (slice(0, 3), slice(3, 5))]
+    for name, value, parts in zip(Rollout._fields, whole, zip(*halves)):
+        assert torch.allclose(value, torch.cat(parts), atol=1e-5), name
+
+
+def test_trajectories_share_context_and_equal_single_ones(make_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 2018 code computed the context anew for each of 7 trajectories."""
+    net = make_model(k=2, start_size=1).eval()
+    canvas, noise = canvases(2), torch.randn(2, 7, 2, 2)
+    seen = []
+    net.glimpse.backbone.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    together = net(canvas, noise)
+    assert sum(seen) == 2 + 2 * 7 * 2 * 2  # a context a picture, then k patches a glimpse and trajectory
+    monkeypatch.setattr(model, "PATCHES_PER_PASS", 5)
+    for m in range(7):
+        for value, single in zip(together, net(canvas, noise[:, m : m + 1])):
+            assert torch.allclose(value[:, m : m + 1], single, atol=1e-5)
+
+
+def test_glimpse_features_are_those_of_the_reference_patches(make_model) -> None:
+    """The whole way of a picture by hand: PIL's patches, one at a time, through the backbone and the LSTM."""
+    net = make_model(k=2, start_size=2, n_glimpses=1, patch_size=96).eval()
+    x, y = torch.meshgrid(torch.linspace(0, 1, 192), torch.linspace(0, 1, 192), indexing="xy")
+    canvas = (torch.stack([x, y, (x * 9).sin() * (y * 7).cos() / 2 + 0.5]) * 255).byte()
+    rollout = net(canvas.unsqueeze(0), torch.full((1, 1, 1, 2), 0.5))
+    place = rollout.location[0, 0, 0].tolist()
+    image = Image.fromarray(canvas.permute(1, 2, 0).numpy())
+    patches = reference.glimpse(image, *place, k=2, start_size=2, patch_size=96)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        features = []
+        for patch in patches:
+            pixels = (torch.from_numpy(np.array(patch)) / 255 - mean) / std
+            features.append(net.glimpse.backbone(pixels.permute(2, 0, 1).unsqueeze(0)).mean((2, 3)))
+        hidden, _ = net.rnn(torch.cat(features, dim=1))
+        logits = net.classify(hidden)
+    assert torch.allclose(rollout.logits[0], logits, atol=0.02)
+
+
+# --- gradients and loss
+
+
+def test_reward_reaches_the_location_network_alone(make_model) -> None:
+    net = make_model(n_glimpses=2)
+    rollout = net(canvases(4), torch.randn(4, 2, 2, 2))
+    labels = torch.tensor([0, 1, 2, 0])
+    for term, reached in (
+        ("reinforce", {"locate"}),
+        ("baseline", {"baseline"}),
+        ("classification", {"rnn", "classify"}),
+    ):
+        net.zero_grad()
+        getattr(attention_loss(rollout, labels), term).backward(retain_graph=True)
+        assert with_gradient(net) == reached
+        if term == "reinforce":
+            assert all(parameter.grad is not None for parameter in net.locate.parameters())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_baseline_is_alive_at_the_first_glimpse(seed: int, make_model) -> None:
+    """The only baseline of 2018 at one glimpse was ReLU(bias), dead in half of all initializations."""
+    torch.manual_seed(seed)
+    net = model.BaselineNetwork(n_features=8, rnn_hidden=4)
+    expected = net(torch.rand(3, 8, 2, 2), torch.zeros(3, 1, 4))
+    assert expected.shape == (3, 1) and ((expected > 0) & (expected < 1)).all()
+    assert expected.unique().numel() == 3  # it tells pictures apart although the hidden state is zero
+    (expected - 1).square().mean().backward()
+    assert net.linear.bias.grad.abs() > 0 and net.linear.weight.grad[:, :8].abs().min() > 0
+
+
+def test_loss_equals_the_scalar_transcription() -> None:
+    B, M, T, C = 3, 2, 2, 4
+    log_prob = torch.randn(B, M, T)
+    rollout = Rollout(
+        torch.randn(B, M, C), torch.zeros(B, M, T, 2), torch.zeros(B, M, T, 4), log_prob, torch.rand(B, M, T)
+    )
+    labels = torch.tensor([1, 3, 0])
+    rollout.logits[0, 0, 1] = rollout.logits[1, 1, 3] = 5.0  # two right, the others as they come
+    ours = attention_loss(rollout, labels)
+    theirs = reference.loss(
+        rollout.logits.tolist(), rollout.baseline.tolist(), rollout.log_prob.tolist(), labels.tolist()
+    )
+    assert [term.item() for term in ours] == pytest.approx(theirs, rel=1e-5)
+
+
+def test_backbone_is_bit_identical_after_training(make_model) -> None:
+    """The "frozen" backbone of 2018 stayed in train mode, and its BatchNorm statistics drifted."""
+    net = make_model()
+    before = {key: value.clone() for key, value in net.glimpse.backbone.state_dict().items()}
+    optimizer = torch.optim.Adam([parameter for parameter in net.parameters() if parameter.requires_grad], lr=0.1)
+    for _ in range(3):
+        net.train()
+        sum(attention_loss(net(canvases(3), torch.randn(3, 1, 2, 2)), torch.tensor([0, 1, 2]))).backward()
+        optimizer.step()
+    after = net.glimpse.backbone.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before) and any("running_mean" in key for key in before)
+    assert not any(parameter.requires_grad for parameter in net.glimpse.backbone.parameters())
+    assert net.training and net.rnn.training and not net.glimpse.backbone.training
+
+
+def test_reinforce_learns_where_the_reward_is(make_model) -> None:
+    """With the reward on the left, gradient steps on the term alone move the gaze to the left."""
+    net = make_model(n_glimpses=1)
+    attention = torch.zeros(1, 1, 4, requires_grad=True)
+    optimizer = torch.optim.Adam([attention], lr=0.05)
+    labels = torch.zeros(1, dtype=torch.long)
+    for _ in range(150):
+        location, log_prob = net.gaze(torch.softmax(attention, -1).expand(1, 64, 4), torch.randn(1, 64, 2), "learned")
+        right = (location[..., 0] < -0.1).float()  # [1, 64]
+        logits = torch.stack([right, 1 - right], dim=-1)
+        baseline = right.mean().expand(1, 64, 1)
+        rollout = Rollout(logits, location.unsqueeze(2), attention, log_prob.unsqueeze(-1), baseline)
+        optimizer.zero_grad()
+        attention_loss(rollout, labels).reinforce.backward()
+        optimizer.step()
+    assert location_mean(torch.softmax(attention, -1))[0, 0, 0] < -0.2
+
+
+@pytest.mark.parametrize("policy", ["learned", "center", "random"])
+def test_bfloat16_follows_float32(policy: str, make_model) -> None:
+    net = make_model().eval()
+    canvas, noise = canvases(3), torch.randn(3, 1, 2, 2)
+    exact = net(canvas, noise, policy)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = net(canvas, noise, policy)
+    assert all(value.dtype == torch.float32 for value in rough)
+    assert torch.allclose(exact.logits, rough.logits, atol=0.05)
+    assert torch.allclose(exact.location, rough.location, atol=0.05)
