@@ -1,0 +1,381 @@
+"""pretrain.py and main.py as a user runs them, on a few small pictures."""
+
+import csv
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_picture
+from PIL import Image
+
+import dataset
+import main
+import pretrain
+import utils
+from model import build_backbone
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--precision", "fp32", "--valid_size", "0.3"]
+
+
+@pytest.fixture
+def pretrain_args(make_data, tmp_path: Path) -> list[str]:
+    folders = ["--data_dir", str(make_data()), "--save_dir", str(tmp_path / "out")]
+    return [*folders, *SMALL, "--arch", "resnet18", "--patch_size", "32", "--weights", "none"]
+
+
+@pytest.fixture
+def main_args(make_data, save_dir: Path, tmp_path: Path) -> list[str]:
+    folders = ["--data_dir", str(make_data()), "--save_dir", str(save_dir), "--imgs_dir", str(tmp_path / "imgs")]
+    return [*folders, *SMALL]
+
+
+MODEL = ["--rnn_hidden", "16", "--k", "2", "--start_size", "1", "--n_glimpses", "2", "--lr", "0.01"]
+
+
+def read(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def same(ours: object, theirs: object) -> bool:
+    """Equality bit by bit through nested containers."""
+    if isinstance(ours, torch.Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs
+
+
+def fails(script: Callable[[list[str]], None], argv: list[str]) -> str:
+    """The one line with which a script refuses what it was given."""
+    with pytest.raises(SystemExit) as stop:
+        utils.run(lambda: script(argv), dataset.DataError)
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code, stop.value.code
+    return stop.value.code
+
+
+def refuses(script: Callable[[list[str]], None], argv: list[str], capsys: pytest.CaptureFixture) -> str:
+    """The last line of argparse's complaint about a flag."""
+    with pytest.raises(SystemExit) as stop:
+        script(argv)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# --- the whole way
+
+
+def test_importing_does_nothing(tmp_path: Path) -> None:
+    names = "glimpse dataset model utils pretrain main data.stanford_dogs data.toy_dogs".split()
+    code = (
+        "import os, random, torch, torchvision, torch.distributed, scipy.io, tqdm; before = dict(os.environ);"
+        f"state = torch.get_rng_state(), random.getstate(); [__import__(name) for name in {names}];"
+        "assert dict(os.environ) == before; assert random.getstate() == state[1];"
+        "assert torch.equal(torch.get_rng_state(), state[0])"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout and not done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pretrain.main([*pretrain_args, "--epochs", "2"])
+    out = tmp_path / "out"
+    best, last = read(out / "pt_glimpse_model.tar"), read(out / "pt_last.tar")
+    assert best["model_dict"].keys() == build_backbone("resnet18").state_dict().keys()
+    assert (best["arch"], best["patch_size"]) == ("resnet18", 32) and last["epoch"] == 1
+    rows = list(csv.DictReader(open(out / "pt_log.csv")))
+    assert [row["epoch"] for row in rows] == ["1", "2"] and max(float(row["valid_acc_123"]) for row in rows) == (
+        pytest.approx(last["best_accuracy"], rel=1e-5)
+    )
+
+    shared = [
+        *pretrain_args[: -len(["--arch", "a", "--patch_size", "b", "--weights", "c"])],
+        "--imgs_dir",
+        str(tmp_path / "imgs"),
+    ]
+    capsys.readouterr()
+    main.main([*shared, *MODEL, "--epochs", "2"])
+    printed = capsys.readouterr().out
+    assert "epoch 2/2" in printed and "saved_model.tar" in printed and printed.isascii()
+    assert [row["epoch"] for row in csv.DictReader(open(out / "log.csv"))] == ["1", "2"]
+
+    main.main([*shared, "--task=test", "--n_trajectories=3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("9 test pictures")
+    assert [line.split("accuracy")[0].split() for line in lines[1:]] == [
+        ["policy", "learned", "deterministic"],
+        ["policy", "learned", "one", "trajectory"],
+        ["policy", "learned", "mean", "of", "3"],
+    ]
+    for policy, n_lines in (("center", 1), ("random", 2)):
+        main.main([*shared, "--task=test", f"--policy={policy}"])
+        lines = capsys.readouterr().out.splitlines()[1:]
+        assert len(lines) == n_lines and all(f"policy {policy}" in line for line in lines)
+
+    main.main([*shared, "--task", "view_glimpses", "--n_samples", "4"])
+    assert sorted(path.name for path in (tmp_path / "imgs").iterdir()) == [f"glimpse_{i}.jpg" for i in range(4)]
+    picture = draw_picture(np.random.default_rng(5), 90, 70)
+    picture.save(tmp_path / "photo.png")
+    capsys.readouterr()
+    main.main(
+        [
+            "--save_dir",
+            str(out),
+            "--imgs_dir",
+            str(tmp_path / "imgs"),
+            "--task=predict",
+            "--images",
+            str(tmp_path / "photo.png"),
+        ]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert "photo.png" in lines[0] and len(lines) == 4  # there are three breeds to name
+    assert sum(float(re.match(r"\s+([\d.]+)%", line)[1]) for line in lines[1:]) == pytest.approx(100, abs=0.2)
+    assert Image.open(tmp_path / "imgs" / "predict_0_photo.jpg").width > 500
+
+
+def test_both_scripts_learn_what_can_be_learned(make_data, save_dir: Path) -> None:
+    """Breeds of one colour each, which both networks soon tell apart."""
+    data_dir = make_data(n_train=12)
+    for folder, color in zip(sorted((data_dir / "Images").iterdir()), ("red", "green", "blue")):
+        for file in folder.iterdir():
+            Image.new("RGB", (64, 64), color).save(file)
+    shared = ["--data_dir", str(data_dir), "--save_dir", str(save_dir), *SMALL, "--lr", "0.001"]
+    pretrain.main([*shared, "--arch", "resnet18", "--patch_size", "32", "--weights", "none", "--epochs", "3"])
+    assert read(save_dir / "pt_glimpse_model.tar")["accuracy"] > 0.9
+    main.main([*shared, "--rnn_hidden", "16", "--k", "1", "--start_size", "2", "--epochs", "8"])
+    assert read(save_dir / "saved_model.tar")["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("batch_size", ["1", "5"])
+def test_batches_of_one_and_ragged_batches(main_args: list[str], save_dir: Path, batch_size: str) -> None:
+    """A bare squeeze crashed the 2018 code on a batch of one picture; 12 training pictures leave 2 after two fives."""
+    main.main([*main_args, *MODEL, "--batch_size", batch_size, "--epochs", "1"])
+    main.main([*main_args, "--task=test", "--batch_size", batch_size])
+    assert read(save_dir / "last.tar")["epoch"] == 0
+
+
+def test_pretraining_survives_a_ragged_batch_of_one(pretrain_args: list[str], tmp_path: Path) -> None:
+    pretrain.main([*pretrain_args, "--batch_size", "11", "--epochs", "1"])  # 12 training pictures
+    assert read(tmp_path / "out" / "pt_last.tar")["epoch"] == 0
+
+
+def test_every_policy_trains(main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    for policy in ("center", "random"):
+        main.main([*main_args, *MODEL, "--policy", policy, "--epochs", "1"])
+        assert read(save_dir / "saved_model.tar")["policy"] == policy
+        capsys.readouterr()
+        main.main([*main_args, "--task=test"])  # with the policy that it was trained with
+        assert f"policy {policy}" in capsys.readouterr().out
+
+
+def test_2018_checkpoint_is_accepted(make_data, tmp_path: Path) -> None:
+    """It holds the weights of a resnet50 at 96 pixels under model_dict, and nothing else."""
+    torch.save({"model_dict": build_backbone("resnet50").state_dict()}, tmp_path / "pt_glimpse_model.tar")
+    folders = ["--data_dir", str(make_data(n_train=2, n_classes=2)), "--save_dir", str(tmp_path)]
+    main.main([*folders, *SMALL, "--epochs", "1", "--rnn_hidden", "8", "--k", "1", "--start_size", "4"])
+    made = read(tmp_path / "saved_model.tar")
+    assert (made["arch"], made["patch_size"]) == ("resnet50", 96)
+
+
+def test_backbone_in_the_checkpoint_is_the_pretrained_one(main_args: list[str], save_dir: Path) -> None:
+    main.main([*main_args, *MODEL, "--epochs", "2"])
+    before, after = read(save_dir / "pt_glimpse_model.tar")["model_dict"], read(save_dir / "last.tar")["model_dict"]
+    assert all(torch.equal(value, after[f"glimpse.backbone.{key}"]) for key, value in before.items())
+
+
+def test_training_opens_no_test_picture(pretrain_args: list[str], main_args: list[str], make_data) -> None:
+    """The 2018 code validated on the test list. Here it is not even read: without it, training runs all the same."""
+    data_dir = Path(main_args[1])
+    for file in (data_dir / "Images").glob("*/test_*.jpg"):
+        file.write_text("whoever opens this fails")
+    (data_dir / "lists" / "test_list.mat").write_text("whoever reads this fails")
+    pretrain.main([*pretrain_args, "--epochs", "1"])
+    main.main([*main_args, *MODEL, "--epochs", "1"])
+    assert "test_list.mat cannot be read" in fails(main.main, [*main_args, "--task=test"])
+
+
+@pytest.mark.parametrize("policy", ["learned", "random"])
+def test_resumed_training_is_the_uninterrupted_one(main_args: list[str], save_dir: Path, policy: str) -> None:
+    flags = [*main_args, *MODEL, "--policy", policy]
+    main.main([*flags, "--epochs", "4"])
+    straight, log = read(save_dir / "last.tar"), (save_dir / "log.csv").read_text()
+    best = read(save_dir / "saved_model.tar")
+    main.main([*flags, "--epochs", "2"])
+    main.main([*main_args, "--lr", "0.01", "--epochs", "4", "--resume_training=True"])  # architecture from the file
+    assert same(straight, read(save_dir / "last.tar")) and log == (save_dir / "log.csv").read_text()
+    assert same(best, read(save_dir / "saved_model.tar"))
+
+
+def test_resumed_pretraining_is_the_uninterrupted_one(pretrain_args: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pretrain.main([*pretrain_args, "--epochs", "2"])
+    straight, log = read(out / "pt_last.tar"), (out / "pt_log.csv").read_text()
+    pretrain.main([*pretrain_args, "--epochs", "1"])
+    pretrain.main([*pretrain_args, "--epochs", "2", "--resume_training"])
+    assert same(straight, read(out / "pt_last.tar")) and log == (out / "pt_log.csv").read_text()
+
+
+# --- several processes
+
+
+def test_two_processes_train_and_evaluate_as_one(
+    main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """torchrun on the CPU: a single process loads the checkpoint, and its figures are the same."""
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "main.py"),
+    ]
+    flags = [*main_args, *MODEL, "--epochs", "2"]
+    training = subprocess.run([*launch, *flags], capture_output=True, text=True)
+    assert training.returncode == 0 and training.stdout.count("epoch 2/2") == 1, training.stderr
+    logs = [list(csv.DictReader(open(save_dir / "log.csv")))]
+    testing = subprocess.run([*launch, *main_args, "--task=test"], capture_output=True, text=True)
+    assert testing.returncode == 0, testing.stderr
+    main.main([*main_args, "--task=test"])
+    assert testing.stdout == capsys.readouterr().out and "9 test pictures" in testing.stdout  # dealt out as 5 and 4
+    main.main(flags)
+    logs.append(list(csv.DictReader(open(save_dir / "log.csv"))))
+    for together, alone in zip(*logs, strict=True):
+        together, alone = ({name: float(value) for name, value in row.items()} for row in (together, alone))
+        assert together == pytest.approx(alone, abs=2e-3)  # Adam's first steps magnify rounding
+
+
+def test_each_process_evaluates_its_own_pictures() -> None:
+    machines = [utils.Machine(torch.device("cpu"), [], "fp32", rank, 3) for rank in range(3)]
+    assert sorted(index for machine in machines for index in machine.own(10)) == list(range(10))
+    with pytest.raises(utils.UserError, match="--batch_size 7 is not a multiple of the 3 processes"):
+        machines[0].share(7)
+
+
+# --- what goes wrong
+
+
+def test_flags_are_refused_by_name(capsys: pytest.CaptureFixture) -> None:
+    for script, flag, value in (
+        (pretrain.main, "--patch_size", "48"),
+        (pretrain.main, "--patch_size", "0"),
+        (pretrain.main, "--valid_size", "1"),
+        (pretrain.main, "--valid_size", "0"),
+        (pretrain.main, "--valid_size", "nan"),
+        (pretrain.main, "--lr", "-1"),
+        (pretrain.main, "--batch_size", "1"),
+        (pretrain.main, "--arch", "vgg16"),
+        (pretrain.main, "--resume_training", "maybe"),
+        (main.main, "--batch_size", "0"),
+        (main.main, "--k", "two"),
+        (main.main, "--std_dev", "0"),
+        (main.main, "--epochs", "1.5"),
+        (main.main, "--gpus", "0,0"),
+        (main.main, "--gpus", "first"),
+        (main.main, "--policy", "best"),
+        (main.main, "--seed", "-1"),
+    ):
+        assert flag in refuses(script, [flag, value], capsys)
+    assert "--images" in refuses(main.main, ["--task=predict"], capsys)
+    assert "--images" in refuses(main.main, ["--images", "a.jpg"], capsys)
+    assert "--resume_training" in refuses(main.main, ["--task=test", "--resume_training"], capsys)
+    assert "--no_such_flag" in refuses(main.main, ["--no_such_flag"], capsys)
+
+
+def test_spellings_of_flags() -> None:
+    for words, value in (([], False), (["--resume_training"], True), (["--resume_training=True"], True)):
+        assert main.parse_args(words).resume_training is value
+    assert main.parse_args(["--resume_training", "false"]).resume_training is False
+    assert main.parse_args(["--k=3"]).k == main.parse_args(["--k", "3"]).k == 3
+    assert main.parse_args(["--gpus", "0,2"]).gpus == [0, 2]
+
+
+def test_bad_data_ends_with_one_line(main_args: list[str], tmp_path: Path) -> None:
+    data_dir = Path(main_args[1])
+    elsewhere = [*main_args, "--data_dir", str(tmp_path / "nowhere")]
+    for script in (pretrain.main, main.main):
+        assert "data/toy_dogs.py" in fails(
+            script, elsewhere[:2] + elsewhere[-2:] if script is pretrain.main else elsewhere
+        )
+    victim = sorted((data_dir / "Images").glob("*/train_*.jpg"))[3]
+    victim.write_bytes(b"no picture")
+    for workers in ("0", "1"):
+        message = fails(main.main, [*main_args, *MODEL, "--epochs", "1", "--num_workers", workers])
+        assert message.startswith(f"error: picture {victim} cannot be read")
+    victim.unlink()
+    assert f"1 of the 18 pictures in {data_dir}" in fails(main.main, [*main_args, *MODEL])
+
+
+def test_scales_gpus_and_contradictions(main_args: list[str], save_dir: Path) -> None:
+    assert "k 2 with start_size 4" in fails(main.main, [*main_args, "--k", "2", "--start_size", "4"])
+    assert "--gpus" in fails(main.main, [*main_args, "--gpus", "0"])  # main_args says --device cpu
+    missing = str(torch.cuda.device_count())
+    words = [word for word in main_args if word not in ("--device", "cpu")]
+    assert f"GPU {missing} not found" in fails(main.main, [*words, "--device", "cuda", "--gpus", missing])
+    main.main([*main_args, *MODEL, "--epochs", "1"])
+    for flag, value in (("--k", "1"), ("--start_size", "2"), ("--n_glimpses", "1"), ("--rnn_hidden", "8")):
+        for task in ("--task=test", "--task=view_glimpses", "--resume_training"):
+            assert flag in fails(main.main, [*main_args, task, flag, value])
+    assert "seed" in fails(main.main, [*main_args, "--resume_training", "--seed", "1"])
+    assert "training pictures differ" in fails(main.main, [*main_args, "--resume_training", "--valid_size", "0.5"])
+    read(save_dir / "last.tar")  # nothing was damaged
+
+
+def test_bad_checkpoints_end_with_one_line(main_args: list[str], pretrain_args: list[str], save_dir: Path) -> None:
+    assert "saved_model.tar not found" in fails(main.main, [*main_args, "--task=test"])
+    assert "last.tar not found" in fails(main.main, [*main_args, "--resume_training"])
+    assert "pt_last.tar not found" in fails(pretrain.main, [*pretrain_args, "--resume_training"])
+    assert "gone.pth not found" in fails(pretrain.main, [*pretrain_args, "--weights", str(save_dir / "gone.pth")])
+    path = save_dir / "pt_glimpse_model.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "pt_glimpse_model.tar cannot be read" in fails(main.main, [*main_args])
+    path.write_bytes(b"")
+    assert "pt_glimpse_model.tar cannot be read" in fails(main.main, [*main_args])
+    torch.save({"weights": 1}, path)
+    assert "no entry model_dict" in fails(main.main, [*main_args])
+    torch.save({"model_dict": {"0.weight": torch.zeros(3)}}, path)
+    assert "do not fit" in fails(main.main, [*main_args])
+    assert "do not fit" in fails(pretrain.main, [*pretrain_args, "--weights", str(path)])
+    path.unlink()
+    assert "python pretrain.py" in fails(main.main, [*main_args])
+
+
+def test_failed_saving_leaves_the_earlier_file(tmp_path: Path) -> None:
+    path = tmp_path / "last.tar"
+    utils.save_checkpoint(path, {"epoch": 0})
+    with pytest.raises(Exception, match="pickle"):
+        utils.save_checkpoint(path, {"epoch": lambda: None})
+    assert read(path) == {"epoch": 0}
+
+
+def test_saving_where_nothing_can_be_written(pretrain_args: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "choose another" in fails(pretrain.main, [*pretrain_args, "--save_dir", str(tmp_path / "file" / "below")])
+
+
+def test_metrics_log_replaces_what_is_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    for epoch, value in ((1, "a"), (2, "b"), (3, "c"), (2, "d")):
+        utils.log_metrics(path, {"epoch": epoch, "value": value})
+    assert path.read_text().split() == ["epoch,value", "1,a", "2,d"]
+
+
+def test_scores_by_hand() -> None:
+    probabilities = torch.eye(3)[[0, 0, 1, 1]].unsqueeze(1)  # predictions 0, 0, 1, 1
+    values = main.scores(probabilities, torch.tensor([0, 0, 0, 1]))
+    assert values == pytest.approx({"accuracy": 3 / 4, "mean per class": (2 / 3 + 1) / 2, "top-5": 1.0})
+    spread = torch.arange(12.0).view(1, 1, 12)  # the best five are 7 to 11
+    assert main.scores(spread, torch.tensor([7]))["top-5"] == 1 and main.scores(spread, torch.tensor([6]))["top-5"] == 0
+    two = torch.stack([torch.eye(2)[[0, 0]], torch.eye(2)[[1, 0]]], dim=1)  # two trajectories over two pictures
+    assert main.scores(two, torch.tensor([0, 0]))["accuracy"] == 3 / 4
