@@ -108,14 +108,15 @@ def draw_boxes(image: Image.Image, boxes: Tensor) -> Image.Image:
 
 
 def draw_attention(context: Image.Image, attention: Tensor) -> Image.Image:
-    """A copy of the context picture, each quadrant as bright as its weight [4] and with the weight written in it."""
+    """A copy of the context picture with the weights [4] in its quadrants, the heaviest in full light."""
     half = context.width // 2
     image = Image.new("RGB", context.size)
     draw = ImageDraw.Draw(image)
     for i, weight in enumerate(attention.tolist()):
         left, top = half * (i % 2), half * (i // 2)  # top left, top right, bottom left, bottom right
+        light = 0.3 + 0.7 * weight / attention.max().item()
         quadrant = context.crop((left, top, left + half, top + half))
-        image.paste(quadrant.point([round(value * (0.3 + 0.7 * weight)) for value in range(256)] * 3), (left, top))
+        image.paste(quadrant.point([round(value * light) for value in range(256)] * 3), (left, top))
         middle = (left + half / 2, top + half / 2)
         draw.text(
             middle, f"{weight:.2f}", "white", ImageFont.load_default(15), "mm", stroke_width=1, stroke_fill="black"

@@ -169,7 +169,7 @@ class Rollout(NamedTuple):
 
     logits: Tensor  # [B, M, C], of the breed, after the last glimpse
     location: Tensor  # [B, M, T, 2], where the glimpses were taken
-    attention: Tensor  # [B, M, T, 4], over top left, top right, bottom left, bottom right
+    attention: Tensor  # [B, M, T, 4], over top left, top right, bottom left, bottom right; detached
     log_prob: Tensor  # [B, M, T], of the location drawn; its gradient reaches the location network alone
     baseline: Tensor  # [B, M, T], expected reward before the glimpse
 
@@ -238,7 +238,7 @@ class RecurrentAttention(nn.Module):
             l_t, log_pi = self.gaze(a_t, noise[:, :, t], policy)  # [B, M, 2], [B, M]
             g_t = self.glimpse(pyramid, l_t)  # [B, M, k D]
             h_t, c_t = self.rnn(g_t.flatten(0, 1), (h_t, c_t))  # [B M, H]
-            steps.append((l_t, a_t, log_pi, b_t))
+            steps.append((l_t, a_t.detach(), log_pi, b_t))
         logits = self.classify(h_t).float().view(B, M, -1)
         return Rollout(logits, *(torch.stack(values, dim=2) for values in zip(*steps)))
 

@@ -42,6 +42,11 @@ def read(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
+def read_log(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def same(ours: object, theirs: object) -> bool:
     """Equality bit by bit through nested containers."""
     if isinstance(ours, torch.Tensor):
@@ -73,7 +78,7 @@ def refuses(script: Callable[[list[str]], None], argv: list[str], capsys: pytest
 
 
 def test_importing_does_nothing(tmp_path: Path) -> None:
-    names = "glimpse dataset model utils pretrain main data.stanford_dogs data.toy_dogs".split()
+    names = ["glimpse", "dataset", "model", "utils", "pretrain", "main", "data.stanford_dogs", "data.toy_dogs"]
     code = (
         "import os, random, torch, torchvision, torch.distributed, scipy.io, tqdm; before = dict(os.environ);"
         f"state = torch.get_rng_state(), random.getstate(); [__import__(name) for name in {names}];"
@@ -92,7 +97,7 @@ def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, c
     best, last = read(out / "pt_glimpse_model.tar"), read(out / "pt_last.tar")
     assert best["model_dict"].keys() == build_backbone("resnet18").state_dict().keys()
     assert (best["arch"], best["patch_size"]) == ("resnet18", 32) and last["epoch"] == 1
-    rows = list(csv.DictReader(open(out / "pt_log.csv")))
+    rows = read_log(out / "pt_log.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"] and max(float(row["valid_acc_123"]) for row in rows) == (
         pytest.approx(last["best_accuracy"], rel=1e-5)
     )
@@ -106,7 +111,7 @@ def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, c
     main.main([*shared, *MODEL, "--epochs", "2"])
     printed = capsys.readouterr().out
     assert "epoch 2/2" in printed and "saved_model.tar" in printed and printed.isascii()
-    assert [row["epoch"] for row in csv.DictReader(open(out / "log.csv"))] == ["1", "2"]
+    assert [row["epoch"] for row in read_log(out / "log.csv")] == ["1", "2"]
 
     main.main([*shared, "--task=test", "--n_trajectories=3"])
     lines = capsys.readouterr().out.splitlines()
@@ -243,13 +248,13 @@ def test_two_processes_train_and_evaluate_as_one(
     flags = [*main_args, *MODEL, "--epochs", "2"]
     training = subprocess.run([*launch, *flags], capture_output=True, text=True)
     assert training.returncode == 0 and training.stdout.count("epoch 2/2") == 1, training.stderr
-    logs = [list(csv.DictReader(open(save_dir / "log.csv")))]
+    logs = [read_log(save_dir / "log.csv")]
     testing = subprocess.run([*launch, *main_args, "--task=test"], capture_output=True, text=True)
     assert testing.returncode == 0, testing.stderr
     main.main([*main_args, "--task=test"])
     assert testing.stdout == capsys.readouterr().out and "9 test pictures" in testing.stdout  # dealt out as 5 and 4
     main.main(flags)
-    logs.append(list(csv.DictReader(open(save_dir / "log.csv"))))
+    logs.append(read_log(save_dir / "log.csv"))
     for together, alone in zip(*logs, strict=True):
         together, alone = ({name: float(value) for name, value in row.items()} for row in (together, alone))
         assert together == pytest.approx(alone, abs=2e-3)  # Adam's first steps magnify rounding

@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV   ?= .venv
+RUN     = $(VENV)/bin/python
+
+TOY     = data/toy
+OUT     = data/toy/saved_models
+SHARED  = --data_dir $(TOY) --save_dir $(OUT) --batch_size 32 --lr 1e-3
+LOG     = $(OUT)/test.txt
+
+.PHONY: demo test clean
+
+# Everything that the repository does, on a small synthetic set, in minutes on a CPU.
+demo: $(VENV)/.installed $(TOY)/lists/test_list.mat
+	$(RUN) pretrain.py $(SHARED) --weights none --arch resnet18 --patch_size 32 --epochs 12
+	$(RUN) main.py $(SHARED) --k 1 --start_size 1 --rnn_hidden 256 --epochs 10
+	$(RUN) main.py $(SHARED) --task=view_glimpses --imgs_dir imgs/toy
+	@rm -f $(LOG)
+	@for policy in learned center random; do \
+		$(RUN) main.py $(SHARED) --task=test --policy=$$policy | tee -a $(LOG) || exit 1; \
+	done
+	@echo; echo "Where to look, learned or not:"; grep '^policy' $(LOG)
+	@echo "Pictures of where the model looks are in imgs/toy."
+
+test: $(VENV)/.tools-installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(RUN) -m pytest
+
+$(TOY)/lists/test_list.mat: data/toy_dogs.py | $(VENV)/.installed
+	$(RUN) data/toy_dogs.py --data_dir $(TOY)
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -r requirements.txt
+	@touch $@
+
+$(VENV)/.tools-installed: $(VENV)/.installed
+	$(VENV)/bin/pip install pytest ruff
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(TOY) imgs

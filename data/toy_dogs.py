@@ -1,0 +1,276 @@
+"""Draws "toy dogs", a small synthetic fine-grained data set, in the layout of Stanford Dogs.
+
+Each picture shows one dog of any colour somewhere on a smooth background. The eight breeds differ only in the
+fine pattern of the coat, whose period is about 4 pixels: a glimpse at full resolution reads it, the picture
+reduced four times does not show it. To name the breed one has to find the dog first and then look there.
+"""
+
+import argparse
+import csv
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import ArrayLike
+from PIL import Image, ImageDraw
+from scipy.io import savemat
+from tqdm import tqdm
+
+REDUCTION = 4  # from the picture to the context
+PERIOD = 4.0  # of the patterns in pixels, whatever the side of the picture
+CONTRAST = 0.28  # standard deviation of a pattern as a fraction of the coat's colour
+LENGTH = 1 / 3  # of a dog from tail to nose, in sides of the picture
+SUPERSAMPLING = 4
+
+# What the breeds look like, x and y in radians of the period. Each is its own mirror image but for the phase,
+# no two have the same spectrum, and each is so fine along x or y that the reduction averages it away.
+WAVES = {
+    "horizontal_stripes": lambda x, y: np.cos(y),
+    "vertical_stripes": lambda x, y: np.cos(x),
+    "checks": lambda x, y: np.cos(x) * np.cos(y),
+    "dots": lambda x, y: (1 + np.cos(x)) * (1 + np.cos(y)),
+    # Thin steep lines: the sum of two diagonal gratings would be checks.
+    "crosshatch": lambda x, y: np.minimum(np.cos(x + y / 2), np.cos(x - y / 2)),
+    # As high as the period and three times as wide.
+    "zigzag": lambda x, y: np.cos(y + 2 * np.arcsin(np.sin(x / 3))),
+    # A little finer than the others: where a ring runs slantwise it is coarser along x and y.
+    "rings": lambda x, y: np.cos(1.1 * np.hypot(x, y)),
+}
+BREEDS = (*WAVES, "plain_grain")
+FOLDERS = tuple(f"n{number:08d}-{breed}" for number, breed in enumerate(BREEDS, start=1))
+SPLITS = ("train", "test")
+
+# A dog that looks to the right, in the order of painting. A part is a row of discs along a quadratic curve:
+# start, bend, end, first radius, last radius, light (x to the right, y down). Far legs and ear are in shade.
+LIT, SHADED, DARK = 1.0, 0.72, 0.12
+DOG = {
+    "far front leg": ((0.09, 0.06), (0.10, 0.20), (0.09, 0.37), 0.070, 0.050, SHADED),
+    "far hind leg": ((-0.16, 0.06), (-0.20, 0.20), (-0.14, 0.37), 0.080, 0.050, SHADED),
+    "tail": ((-0.30, -0.06), (-0.46, -0.08), (-0.49, -0.32), 0.060, 0.028, LIT),
+    "hind leg": ((-0.25, 0.02), (-0.34, 0.20), (-0.27, 0.39), 0.130, 0.052, LIT),
+    "hind paw": ((-0.27, 0.40), (-0.25, 0.40), (-0.22, 0.40), 0.052, 0.046, LIT),
+    "front leg": ((0.18, 0.04), (0.20, 0.20), (0.19, 0.39), 0.100, 0.052, LIT),
+    "front paw": ((0.19, 0.40), (0.21, 0.40), (0.24, 0.40), 0.052, 0.046, LIT),
+    "body": ((-0.22, 0.00), (-0.03, -0.02), (0.14, -0.01), 0.160, 0.175, LIT),
+    "neck": ((0.14, -0.06), (0.21, -0.14), (0.27, -0.26), 0.150, 0.115, LIT),
+    "head": ((0.26, -0.29), (0.28, -0.29), (0.31, -0.28), 0.130, 0.120, LIT),
+    "muzzle": ((0.35, -0.25), (0.41, -0.24), (0.46, -0.23), 0.090, 0.068, LIT),
+    "ear": ((0.21, -0.37), (0.13, -0.34), (0.14, -0.19), 0.045, 0.070, SHADED),
+    "eye": ((0.34, -0.32), (0.34, -0.32), (0.34, -0.32), 0.028, 0.028, DARK),
+    "nose": ((0.51, -0.26), (0.51, -0.26), (0.51, -0.26), 0.036, 0.036, DARK),
+}
+SWAY = {"tail": 0.10, "far front leg": 0.05, "far hind leg": 0.05}  # how far an end moves to either side
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+
+class Scene(NamedTuple):
+    """A picture whose dog has no pattern yet; S is the side in pixels."""
+
+    plain: np.ndarray  # [S, S, 3] in [0, 1]
+    coat: np.ndarray  # [3], the coat's colour
+    light: np.ndarray  # [S, S] in [0, 1], how much of the coat's colour each pixel shows
+    box: Box  # of the dog
+
+
+def hsv_to_rgb(hue: ArrayLike, saturation: ArrayLike, value: ArrayLike) -> np.ndarray:
+    """Colours `[..., 3]` in [0, 1]; hues are in turns, of any size."""
+    hue, saturation, value = (np.asarray(part)[..., None] for part in (hue, saturation, value))
+    sector = (np.array([5, 3, 1]) + 6 * hue) % 6
+    return value * (1 - saturation * np.clip(np.minimum(sector, 4 - sector), 0, 1))
+
+
+def draw_background(size: int, generator: Generator) -> np.ndarray:
+    """A Bezier surface through light, neighbouring hues: `[S, S, 3]` in [0, 1], without any texture."""
+    hue = generator.uniform() + generator.normal(0, 0.12, (5, 5))
+    knots = hsv_to_rgb(hue, generator.uniform(0.05, 0.6, (5, 5)), generator.uniform(0.88, 1, (5, 5)))
+    t = (np.arange(size) + 0.5) / size
+    bernstein = np.stack([math.comb(4, i) * t**i * (1 - t) ** (4 - i) for i in range(5)], axis=1)
+    return np.einsum("yi,xj,ijc->yxc", bernstein, bernstein, knots, optimize=True)
+
+
+def pose_dog(generator: Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Discs (x, y, radius) `[N, 3]` in sides of the picture, centred on (0, 0), and their lights `[N]`."""
+    discs, lights = [], []
+    t = np.linspace(0, 1, 24)[:, None]
+    for name, (start, bend, end, first_radius, last_radius, light) in DOG.items():
+        end = np.add(end, (SWAY.get(name, 0) * generator.uniform(-1, 1), 0))
+        curve = (1 - t) ** 2 * start + 2 * t * (1 - t) * np.array(bend) + t**2 * end
+        discs.append(np.hstack([curve, first_radius + t * (last_radius - first_radius)]))
+        lights.append(np.full(len(t), light))
+    discs = np.concatenate(discs) * LENGTH * generator.uniform(0.85, 1.15)
+    tilt = math.radians(generator.uniform(-10, 10))
+    turn = np.array([[math.cos(tilt), -math.sin(tilt)], [math.sin(tilt), math.cos(tilt)]])
+    discs[:, :2] = discs[:, :2] @ turn.T
+    if generator.random() < 0.5:
+        discs[:, 0] *= -1
+    centers, radii = discs[:, :2], discs[:, 2:]
+    centers -= ((centers - radii).min(axis=0) + (centers + radii).max(axis=0)) / 2
+    return discs, np.concatenate(lights)
+
+
+def draw_scene(size: int, spread: float, generator: Generator) -> Scene:
+    """Puts a dog in plain colour, wholly inside, on a background."""
+    background = draw_background(size, generator)
+    discs, lights = pose_dog(generator)
+    room = 0.5 - (discs[:, :2] + discs[:, 2:]).max(axis=0)
+    for axis in range(2):
+        offset = math.inf
+        while abs(offset) > room[axis]:
+            offset = generator.normal(0, spread)
+        discs[:, axis] += 0.5 + offset
+
+    # Two canvases: what the dog covers, and how much light falls there.
+    canvases = [Image.new("L", (size * SUPERSAMPLING,) * 2) for _ in range(2)]
+    pens = [ImageDraw.Draw(canvas) for canvas in canvases]
+    for (x, y, radius), light in zip(discs * size * SUPERSAMPLING, lights):
+        for pen, fill in zip(pens, (255, round(255 * light))):
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+    mask, light = (canvas.reduce(SUPERSAMPLING) for canvas in canvases)
+    box = mask.getbbox()
+    mask, light = (np.asarray(image, dtype=float) / 255 for image in (mask, light))
+
+    # Darker than any background, and dark enough to leave room for the pattern's peaks.
+    coat = hsv_to_rgb(generator.uniform(), generator.uniform(0.25, 0.8), generator.uniform(0.48, 0.6))
+    return Scene(background * (1 - mask[..., None]) + coat * light[..., None], coat, light, box)
+
+
+def draw_pattern(breed: str, size: int, box: Box, generator: Generator) -> np.ndarray:
+    """A breed's pattern over the whole picture, `[S, S]`, of any mean and contrast."""
+    if breed == "plain_grain":
+        spectrum = np.fft.rfft2(generator.normal(size=(size, size)))
+        frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
+        return np.clip(np.fft.irfft2(spectrum * (frequency > 0.8 / PERIOD), s=(size, size)), -2, 2)
+    period = PERIOD * generator.uniform(0.97, 1.03)
+    phase = generator.uniform(-math.pi, math.pi, 2)
+    center = np.add(box[:2], box[2:]) / 2
+    x, y = (2 * math.pi * (np.arange(size) + 0.5 - center[axis]) / period + phase[axis] for axis in range(2))
+    return WAVES[breed](*np.meshgrid(x, y))
+
+
+def normalize_pattern(pattern: np.ndarray, light: np.ndarray) -> np.ndarray:
+    """Zero mean over what each pixel of the context sees of the coat, unit deviation over the whole coat.
+
+    The context of a picture is then the same whatever the breed. This takes little away from fine patterns.
+    """
+    blocks = (len(light) // REDUCTION, REDUCTION) * 2
+    total = light.reshape(blocks).sum(axis=(1, 3), keepdims=True)
+    mean = (light * pattern).reshape(blocks).sum(axis=(1, 3), keepdims=True) / np.maximum(total, 1e-9)
+    pattern = (pattern.reshape(blocks) - mean).reshape(light.shape)
+    return pattern / np.sqrt((light * pattern**2).sum() / light.sum())
+
+
+def draw_picture(breed: str, size: int, spread: float, generator: Generator) -> tuple[np.ndarray, Box]:
+    """A picture `[S, S, 3]` of uint8 and the dog's box; equal generators give equal scenes for all breeds."""
+    scene = draw_scene(size, spread, generator)
+    pattern = draw_pattern(breed, size, scene.box, generator)
+    texture = CONTRAST * scene.light * normalize_pattern(pattern, scene.light)
+    picture = scene.plain + scene.coat * texture[..., None]
+    return np.clip(picture * 255 + 0.5, 0, 255).astype(np.uint8), scene.box
+
+
+def write_list(path: Path, names: list[str], labels: list[int]) -> None:
+    """Writes one official list, whole or not at all."""
+    columns = {
+        "file_list": np.array(names, dtype=object)[:, None],
+        "annotation_list": np.array([name.removesuffix(".jpg") for name in names], dtype=object)[:, None],
+        "labels": np.array(labels, dtype=np.uint8)[:, None],
+    }
+    unfinished = path.with_suffix(".tmp")
+    savemat(unfinished, columns, appendmat=False, do_compression=True)
+    os.replace(unfinished, path)
+
+
+def write_data_set(data_dir: Path, n_train: int, n_test: int, size: int, spread: float, seed: int) -> None:
+    """Draws all pictures, then writes the table of boxes, then the lists: who finds these has everything."""
+    images, lists = data_dir / "Images", data_dir / "lists"
+    lists.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        (lists / f"{split}_list.mat").unlink(missing_ok=True)
+    for folder in FOLDERS:
+        (images / folder).mkdir(parents=True, exist_ok=True)
+        for leftover in (images / folder).glob(f"{folder[:9]}_*.jpg"):
+            leftover.unlink()
+
+    counts = (n_train // len(BREEDS), n_test // len(BREEDS))
+    names = {split: [] for split in SPLITS}
+    boxes = []
+    with tqdm(total=n_train + n_test, unit="dog", disable=None) as progress:
+        for part, split in enumerate(SPLITS):
+            for label, (breed, folder) in enumerate(zip(BREEDS, FOLDERS), start=1):
+                for i in range(counts[part]):
+                    # A generator for each: more pictures of one split leave all others as they are.
+                    generator = np.random.default_rng((seed, part, label, i))
+                    picture, box = draw_picture(breed, size, spread, generator)
+                    name = f"{folder}/{folder[:9]}_{part * counts[0] + i + 1}.jpg"
+                    # Chroma subsampling would average two pixels, half a period, of the coat's colour.
+                    Image.fromarray(picture).save(images / name, quality=95, subsampling=0)
+                    names[split].append(name)
+                    boxes.append((name, *(round(edge / size, 6) for edge in box)))
+                    progress.update()
+
+    with open(lists / "dogs.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("file", "left", "top", "right", "bottom"))
+        writer.writerows(boxes)
+    for split, count in zip(SPLITS, counts):
+        labels = [label for label in range(1, len(BREEDS) + 1) for _ in range(count)]
+        write_list(lists / f"{split}_list.mat", names[split], labels)
+
+
+def find_obstacle(data_dir: Path) -> str | None:
+    """Why a toy set must not or cannot be written into `data_dir`, or None."""
+    images, lists = data_dir / "Images", data_dir / "lists"
+    nearest = next(path for path in (images.absolute(), *images.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        return f"{nearest} is not a folder that can be written to"
+    foreign = sorted(path for path in images.glob("*") if path.is_dir() and path.name not in FOLDERS)
+    if not (lists / "dogs.csv").exists():
+        foreign += sorted(lists.glob("*.mat"))
+    return f"{data_dir} holds something else than toy dogs: {foreign[0]}" if foreign else None
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; a mistake ends the program with one line and exit code 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    spread_help = "deviation of dogs' centres from the middle, in sides; drawn again until the dog fits"
+    parser.add_argument("--data_dir", type=Path, default=Path("data/toy"), help="folder to write")
+    parser.add_argument("--n_train", type=int, default=1600, help="training pictures, a multiple of 8")
+    parser.add_argument("--n_test", type=int, default=400, help="test pictures, a multiple of 8")
+    parser.add_argument("--size", type=int, default=128, help="side in pixels, 4 times that of a patch")
+    parser.add_argument("--spread", type=float, default=0.2, help=spread_help)
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures")
+    args = parser.parse_args(argv)
+    for name in ("n_train", "n_test"):
+        if getattr(args, name) < 1 or getattr(args, name) % len(BREEDS):
+            parser.error(f"--{name} must be a positive multiple of {len(BREEDS)}, not {getattr(args, name)}")
+    if args.size < 64 or args.size % REDUCTION:
+        parser.error(f"--size must be a multiple of {REDUCTION} and at least 64, not {args.size}")
+    if not 0 <= args.spread <= 1:
+        parser.error(f"--spread must lie between 0 and 1, not {args.spread}")
+    if args.seed < 0:
+        parser.error(f"--seed must not be negative, not {args.seed}")
+    if obstacle := find_obstacle(args.data_dir):
+        parser.error(f"--data_dir: {obstacle}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draws the set and says what was made."""
+    args = parse_args(argv)
+    write_data_set(**vars(args))
+    print(
+        f"Drew {args.n_train} training and {args.n_test} test pictures ({args.size} x {args.size}, "
+        f"seed {args.seed}) of {len(BREEDS)} toy breeds into {args.data_dir}"
+    )
+
+
+if __name__ == "__main__":
+    main()
