@@ -5,8 +5,10 @@ RUN     = $(VENV)/bin/python
 TOY     = data/toy
 OUT     = data/toy/saved_models
 SHARED  = --data_dir $(TOY) --save_dir $(OUT) --batch_size 32 --lr 1e-3
-LOG     = $(OUT)/test.txt
+TEST    = $(RUN) main.py $(SHARED) --task=test
 
+SHELL       := /bin/bash
+.SHELLFLAGS := -o pipefail -ec
 .PHONY: demo test clean
 
 # Everything that the repository does, on a small synthetic set, in minutes on a CPU.
@@ -14,12 +16,11 @@ demo: $(VENV)/.installed $(TOY)/lists/test_list.mat
 	$(RUN) pretrain.py $(SHARED) --weights none --arch resnet18 --patch_size 32 --epochs 12
 	$(RUN) main.py $(SHARED) --k 1 --start_size 1 --rnn_hidden 256 --epochs 10
 	$(RUN) main.py $(SHARED) --task=view_glimpses --imgs_dir imgs/toy
-	@rm -f $(LOG)
-	@for policy in learned center random; do \
-		$(RUN) main.py $(SHARED) --task=test --policy=$$policy | tee -a $(LOG) || exit 1; \
-	done
-	@echo; echo "Where to look, learned or not:"; grep '^policy' $(LOG)
-	@echo "Pictures of where the model looks are in imgs/toy."
+	$(TEST) | tee $(OUT)/test_learned.txt
+	$(TEST) --policy=center | tee $(OUT)/test_center.txt
+	$(TEST) --policy=random | tee $(OUT)/test_random.txt
+	@echo; echo "Where to look, learned or not:"; grep -h ^policy $(OUT)/test_{learned,center,random}.txt
+	@echo "Where the model looks is drawn in imgs/toy/glimpse_<i>.jpg."
 
 test: $(VENV)/.tools-installed
 	$(VENV)/bin/ruff check .
@@ -35,8 +36,8 @@ $(VENV)/.installed: requirements.txt
 	@touch $@
 
 $(VENV)/.tools-installed: $(VENV)/.installed
-	$(VENV)/bin/pip install pytest ruff
+	$(VENV)/bin/pip install pytest==9.2.0 ruff==0.17.6
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(TOY) imgs
+	rm -rf $(VENV) $(TOY) imgs/toy

@@ -17,6 +17,8 @@ from scipy.io import loadmat
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+SPLIT_SEED = 0  # the same for all runs: a backbone must not have been trained on what main.py validates on
+
 
 class DataError(Exception):
     """Something is wrong with the user's data; the message is one line that says what and what to do."""
@@ -71,7 +73,7 @@ def read_list(data_dir: str | Path, split: str) -> PictureList:
     return PictureList(files, labels, class_names)
 
 
-def split_list(pictures: PictureList, valid_size: float, seed: int) -> tuple[PictureList, PictureList]:
+def split_list(pictures: PictureList, valid_size: float, seed: int = SPLIT_SEED) -> tuple[PictureList, PictureList]:
     """Hold out the fraction valid_size of each class, drawn from the seed. Returns (training, validation).
 
     Raises DataError where a class has fewer than two pictures; otherwise each class keeps one on either side.
@@ -93,12 +95,6 @@ def split_list(pictures: PictureList, valid_size: float, seed: int) -> tuple[Pic
     return subset([i for i in everything if i not in held_out]), subset([i for i in everything if i in held_out])
 
 
-def describe_data(train: PictureList, valid: PictureList, seed: int) -> dict[str, Any]:
-    """What a checkpoint remembers of the lists that it was trained and validated on."""
-    sizes = {"training pictures": len(train.files), "validation pictures": len(valid.files)}
-    return {"class_names": train.class_names, **sizes, "seed": seed}
-
-
 def read_picture(path: str | Path) -> Image.Image:
     """Open any picture as upright 8-bit RGB; transparent parts become white. Raises DataError if it is unreadable."""
     try:
@@ -114,7 +110,7 @@ def read_picture(path: str | Path) -> Image.Image:
         raise DataError(f"picture {path} not found") from None
     except Exception as error:  # Pillow's decoders raise many types on a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"picture {path} cannot be read ({reason}): replace it or take it off the list") from error
+        raise DataError(f"picture {path} cannot be read ({reason}): replace it or leave it out") from error
 
 
 def crop_to_canvas(image: Image.Image, size: int, rng: random.Random | None = None) -> Tensor:
@@ -180,19 +176,38 @@ def make_loader(
     canvas_size: int,
     batch_size: int,
     num_workers: int,
+    pin_memory: bool = False,
     drop_last: bool = False,
 ) -> DataLoader:
     """Batches of (uint8 [B, 3, S, S], int64 [B]) in the given order, from workers that outlive the epoch.
 
-    drop_last: leave out a last batch that is not full, unless it is the only one.
+    drop_last: leave out a last batch that is not full, unless it is the only one. Raises DataError for an empty order.
     """
+    if not len(order):
+        raise DataError(f"more processes than pictures: none of {len(pictures.files)} is left for this one")
     return DataLoader(
         PictureDataset(pictures, canvas_size),
-        batch_size=max(1, min(batch_size, len(order))),
+        batch_size=min(batch_size, len(order)),
         sampler=order,
         num_workers=num_workers,
         drop_last=drop_last,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         generator=torch.Generator().manual_seed(0),  # seeds the workers; what is drawn comes from the order alone
     )
+
+
+def make_training_loaders(
+    data_dir: str | Path, valid_size: float, *, seed: int, rank: int, world_size: int, drop_last: bool, **loading: Any
+) -> tuple[DataLoader, DataLoader, dict[str, Any]]:
+    """One process's share of the training and of the validation pictures, and what a checkpoint remembers of both.
+
+    The validation pictures are dealt out in turn: rank r has number r, r + world_size, ...; `loading` goes to
+    `make_loader`.
+    """
+    train, valid = split_list(read_list(data_dir, "train"), valid_size)
+    sampler = TrainSampler(len(train.files), seed, rank, world_size)
+    train_loader = make_loader(train, sampler, drop_last=drop_last, **loading)
+    valid_loader = make_loader(valid, range(rank, len(valid.files), world_size), **loading)
+    sizes = {"training pictures": len(train.files), "validation pictures": len(valid.files)}
+    return train_loader, valid_loader, {"class_names": train.class_names, **sizes}

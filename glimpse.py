@@ -90,7 +90,7 @@ def normalize(patches: Tensor) -> Tensor:
 
 
 def to_image(picture: Tensor, side: int) -> Image.Image:
-    """A uint8 [3, S, S] picture as a PIL image of the given side; enlarged pixels stay sharp squares."""
+    """A uint8 [3, S, S] picture as a PIL image of the given side; whole multiples show each pixel as a square."""
     image = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
     resample = Image.Resampling.NEAREST if side % picture.shape[-1] == 0 else Image.Resampling.LANCZOS
     return image.resize((side, side), resample)

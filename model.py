@@ -119,8 +119,8 @@ class GlimpseNetwork(nn.Module):
     def forward(self, pyramid: dict[int, Tensor], location: Tensor) -> Tensor:
         """Features of the glimpses at location [B, M, 2], patches side by side, finest first: [B, M, k D]."""
         patches = extract_patches(pyramid, location, self.scales, self.patch_size)  # [B, M, k, 3, P, P]
-        passes = normalize(patches.flatten(0, 2)).split(PATCHES_PER_PASS)
-        features = torch.cat([self.backbone(some).mean((2, 3)).float() for some in passes])  # [B M k, D]
+        passes = patches.flatten(0, 2).split(PATCHES_PER_PASS)
+        features = torch.cat([self.backbone(normalize(some)).mean((2, 3)).float() for some in passes])  # [B M k, D]
         return features.view(*location.shape[:2], -1)
 
 
@@ -255,11 +255,11 @@ class RecurrentAttention(nn.Module):
 
 
 class LossTerms(NamedTuple):
-    """The three terms whose sum is minimized, each a mean over pictures and trajectories."""
+    """The three terms whose sum is minimized, means over pictures and trajectories."""
 
     classification: Tensor  # trains the LSTM and the classifier
-    baseline: Tensor  # trains the baseline
-    reinforce: Tensor  # trains the location network
+    baseline: Tensor  # trains the baseline; a mean over the glimpses too
+    reinforce: Tensor  # trains the location network; a sum over the glimpses
 
 
 def attention_loss(rollout: Rollout, labels: Tensor) -> LossTerms:

@@ -15,33 +15,33 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import utils
-from dataset import DataError, TrainSampler, describe_data, make_loader, read_list, split_list
+from dataset import DataError, make_training_loaders
 from glimpse import STARTS, canvas_size
 from model import ARCHITECTURES, HEADS, PretrainNetwork, build_backbone, load_resnet_weights
 
-MODEL_DEFAULTS = {"arch": "resnet50", "patch_size": 96}
+RUN_DEFAULTS = {"arch": "resnet50", "patch_size": 96, **utils.TRAIN_DEFAULTS}
 
 
 def patch_side(text: str) -> int:
     """Flag type: a positive multiple of 32, so that the quadrants of the context are whole cells of features."""
-    value = utils.number(int, least=32)(text)
-    if value % 32:
-        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 32, which the backbone needs")
-    return value
+    if not text.isdecimal() or int(text) < 32 or int(text) % 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 32, which the backbone needs")
+    return int(text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; flags that a checkpoint can fix are None when not given."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     utils.add_shared_flags(parser)
     add = parser.add_argument
-    add("--arch", choices=ARCHITECTURES, help="backbone (default resnet50)")
-    add("--patch_size", type=patch_side, metavar="P", help="side of a patch in pixels, a multiple of 32 (default 96)")
-    add("--weights", default="imagenet", help="imagenet (torchvision's download), none, or a torchvision ResNet's file")
-    args = parser.parse_args(argv)
-    if args.batch_size < 2:
-        parser.error("--batch_size must be at least 2 here: BatchNorm in the heads needs two pictures")
-    return args
+    add("--arch", choices=ARCHITECTURES, help="backbone (resnet50)")
+    add("--patch_size", type=patch_side, metavar="P", help="side of a patch in pixels, a multiple of 32 (96)")
+    add(
+        "--weights",
+        default="imagenet",
+        help="imagenet (a download), none, or a torchvision ResNet's file (%(default)s)",
+    )
+    return utils.parse_flags(parser, argv)
 
 
 def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> None:
@@ -52,13 +52,13 @@ def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> No
         try:
             # Version 1 is what `pretrained=True` loaded in 2018.
             state = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=True)
-        except OSError as error:
+        except Exception as error:  # of the network, or of a broken download
             raise utils.UserError(
                 f"the ImageNet weights of {arch} cannot be downloaded ({error}): give --weights FILE or --weights none"
             ) from error
     else:
         state = utils.load_checkpoint(Path(weights), (), "--weights takes imagenet, none, or a file")
-    utils.load_weights(lambda state: load_resnet_weights(backbone, state), state, weights)
+    utils.load_state(lambda state: load_resnet_weights(backbone, state), state, weights)
 
 
 def pretrain_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -78,12 +78,11 @@ def train_one_epoch(
     """One pass over the training pictures. Returns the mean loss and the heads' accuracies."""
     net.train()
     meter = utils.Meter()
-    with utils.progress(title, len(loader.dataset), machine) as bar:
+    with utils.progress(title, loader, machine) as bar:
         for canvas, labels in loader:
             canvas = canvas.to(machine.device, non_blocking=True)  # [B, 3, S, S]
             labels = labels.to(machine.device, non_blocking=True)  # [B]
-            with machine.autocast():
-                logits = net(canvas)  # [B, 4, C]
+            logits = net(canvas)  # [B, 4, C]
             loss = pretrain_loss(logits, labels)
             optimizer.zero_grad()
             loss.backward()
@@ -97,14 +96,15 @@ def train_one_epoch(
 @torch.no_grad()
 def evaluate(net: nn.Module, loader: DataLoader, machine: utils.Machine, title: str) -> dict[str, float]:
     """Loss and the heads' accuracies over a list, each picture once whatever the number of processes."""
-    net = utils.unsynchronized(net).eval()
-    answers = []
-    with utils.progress(title, len(loader.dataset), machine) as bar:
+    net = utils.for_evaluation(net)
+    answers, meter = [], utils.Meter()
+    with utils.progress(title, loader, machine) as bar:
         for canvas, labels in loader:
-            with machine.autocast():
-                logits = net(canvas.to(machine.device, non_blocking=True))
-            answers.append(torch.cat([logits.cpu(), labels.view(-1, 1, 1).expand(-1, len(HEADS), 1)], dim=-1))
-            bar.update(len(labels) * machine.world_size)
+            logits = net(canvas.to(machine.device, non_blocking=True)).cpu()
+            meter.update(len(labels), loss=pretrain_loss(logits, labels), **head_accuracies(logits, labels))
+            answers.append(torch.cat([logits, labels.view(-1, 1, 1).expand(-1, len(HEADS), 1)], dim=-1))
+            if bar.update(len(labels) * machine.world_size):
+                bar.set_postfix_str(str(meter), refresh=False)
     answers = utils.gather(torch.cat(answers), machine)  # [n_pictures, 4, C + 1]
     logits, labels = answers[..., :-1], answers[:, 0, -1].long()
     means = {"loss": pretrain_loss(logits, labels), **head_accuracies(logits, labels)}
@@ -116,29 +116,39 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     machine = utils.set_up_machine(args.device, args.gpus, args.precision)
     last_path, best_path = args.save_dir / "pt_last.tar", args.save_dir / "pt_glimpse_model.tar"
+    log_path = args.save_dir / "pt_log.csv"
+    utils.read_log(log_path)  # whatever is wrong with it is better known now than after an epoch
     last: dict[str, Any] | None = None
     if args.resume_training:
-        keys = ("model_dict", "optimizer", "epoch", "best_accuracy", "data", *MODEL_DEFAULTS)
+        keys = ("model_dict", "optimizer", "epoch", "best_accuracy", "data", *RUN_DEFAULTS)
         last = utils.load_checkpoint(last_path, keys, "there is no run to resume, leave --resume_training out")
-    flags = utils.settle_flags(vars(args), last, MODEL_DEFAULTS)
+    flags = utils.settle_flags(vars(args), last, RUN_DEFAULTS, free=("batch_size", "lr"))
 
-    train_list, valid_list = split_list(read_list(args.data_dir, "train"), args.valid_size, args.seed)
-    data = describe_data(train_list, valid_list, args.seed)
-    utils.refuse_other_data(last, data, last_path)
-    size = canvas_size(flags["patch_size"], STARTS[0])
-    loading = {"canvas_size": size, "batch_size": machine.share(args.batch_size), "num_workers": args.num_workers}
-    sampler = TrainSampler(len(train_list.files), args.seed, machine.rank, machine.world_size)
-    train_loader = make_loader(train_list, sampler, drop_last=True, **loading)  # BatchNorm needs two pictures
-    valid_loader = make_loader(valid_list, machine.own(len(valid_list.files)), **loading)
+    train_loader, valid_loader, data = make_training_loaders(
+        args.data_dir,
+        args.valid_size,
+        seed=flags["seed"],
+        rank=machine.rank,
+        world_size=machine.world_size,
+        drop_last=True,  # a ragged batch might be of one picture, too few for BatchNorm
+        canvas_size=canvas_size(flags["patch_size"], STARTS[0]),
+        **machine.loading(flags["batch_size"], args.num_workers),
+    )
+    if last:
+        utils.refuse_other_data(last["data"], data, last_path)
+    if min(map(len, torch.arange(train_loader.batch_size).chunk(max(1, len(machine.gpus))))) < 2:
+        raise utils.UserError(
+            f"--batch_size {flags['batch_size']} leaves one picture to a GPU or process: BatchNorm needs at least two"
+        )
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(flags["seed"])
     backbone = build_backbone(flags["arch"])
     model = PretrainNetwork(backbone=backbone, n_classes=len(data["class_names"]), patch_size=flags["patch_size"])
     if last is None:
         load_initial_weights(backbone, args.weights, flags["arch"])
     model.to(machine.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.5, 0.999))
-    first_epoch, best_accuracy = utils.restore(last, last_path, model, optimizer)
+    optimizer = torch.optim.Adam(model.parameters(), lr=flags["lr"], betas=(0.5, 0.999))
+    first_epoch, best_accuracy = utils.restore(last, last_path, model, optimizer, flags["lr"])
     net = utils.wrap(model, machine)
     utils.prepare_folder(args.save_dir)
     machine.say(utils.describe_run({**vars(args), **flags}, data, model, machine))
@@ -146,20 +156,18 @@ def main(argv: list[str] | None = None) -> None:
     for epoch in range(first_epoch, args.epochs):
         start = time.perf_counter()
         title = f"epoch {epoch + 1}/{args.epochs}"
-        sampler.epoch = epoch
+        train_loader.sampler.epoch = epoch
         train = train_one_epoch(net, train_loader, optimizer, machine, title)
         valid = evaluate(net, valid_loader, machine, "validation")
         is_best = valid["acc_123"] > best_accuracy
         best_accuracy = max(valid["acc_123"], best_accuracy)
-        if machine.rank == 0:
-            # The best first: whoever is stopped in between repeats the epoch on resuming, and nothing is lost.
+        if machine.rank == 0:  # what to resume from comes last: whoever is stopped in between repeats the epoch
             shared = {**flags, "epoch": epoch, "data": data}
             if is_best:
-                utils.save_checkpoint(
-                    best_path, {"model_dict": backbone.state_dict(), "accuracy": best_accuracy, **shared}
-                )
-            utils.log_metrics(args.save_dir / "pt_log.csv", utils.metrics_row(epoch, train, valid))
-            state = {"model_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
+                best = {"model_dict": utils.cpu_state(backbone), "accuracy": best_accuracy}
+                utils.save_checkpoint(best_path, {**best, **shared})
+            utils.log_metrics(log_path, epoch, train=train, valid=valid)
+            state = {"model_dict": utils.cpu_state(model), "optimizer": optimizer.state_dict()}
             utils.save_checkpoint(last_path, {**state, "best_accuracy": best_accuracy, **shared})
         heads = ", ".join(f"{name} {valid['acc_' + name]:.3f}" for name in HEADS)
         machine.say(

@@ -6,14 +6,17 @@ import csv
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+TRAIN_DEFAULTS = {"batch_size": 128, "lr": 1e-4, "seed": 0}  # of flags that a checkpoint remembers
 
 
 class UserError(Exception):
@@ -24,6 +27,8 @@ def run(main: Callable[[], None], *user_errors: type[Exception]) -> None:
     """Run a script; a user's mistake (UserError, or one of user_errors) ends it with one line and exit code 1."""
     try:
         main()
+        if dist.is_initialized():  # after an error the other processes may never come to this
+            dist.destroy_process_group()
     except (UserError, *user_errors) as error:
         # A loader's worker sends the message wrapped into its traceback; the message is the end of the last line.
         last_line = str(error).strip().splitlines()[-1]
@@ -32,9 +37,6 @@ def run(main: Callable[[], None], *user_errors: type[Exception]) -> None:
         sys.exit("error: out of GPU memory: lower --batch_size")
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 # --- flags
@@ -47,72 +49,70 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def number(kind: type, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> Callable:
-    """Flag type: an int or a float within bounds."""
-    bounds = {f"at least {least}": least, f"above {above}": above, f"below {below}": below}
-    wanted = " and ".join(text for text, bound in bounds.items() if math.isfinite(bound))
-
-    def convert(text: str) -> int | float:
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if least <= value < below and above < value < math.inf:
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {wanted}")
-
-    return convert
-
-
 def gpu_list(text: str) -> list[int]:
     """Flag type: GPU numbers such as 0,1."""
-    numbers = text.split(",")
-    if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
+    numbers = [int(number) for number in text.split(",") if number.isdecimal()]
+    if len(set(numbers)) < len(text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of different GPU numbers such as 0,1")
-    return [int(number) for number in numbers]
+    return numbers
 
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of both scripts, with one set of defaults."""
+    """The flags of both scripts, with one set of defaults. Those that a checkpoint may fix are None if not given."""
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n_workers = max(1, min(n_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8))
+    resume = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "True"}
     add = parser.add_argument
-    add("--data_dir", type=Path, default=Path("data/Original"), help="folder with Images/ and lists/")
-    add("--save_dir", type=Path, default=Path("data/saved_models"), help="folder for checkpoints and logs")
+    add("--data_dir", type=Path, default=Path("data/Original"), help="folder with Images/ and lists/ (%(default)s)")
     add(
-        "--valid_size",
-        type=number(float, above=0, below=1),
-        default=0.1,
-        help="part of the training list held out for validation",
+        "--save_dir", type=Path, default=Path("data/saved_models"), help="folder for checkpoints and logs (%(default)s)"
     )
-    add("--batch_size", type=number(int, least=1), default=128, help="pictures per step, over all GPUs and processes")
-    add("--epochs", type=number(int, least=1), default=101)
-    add("--lr", type=number(float, above=0), default=1e-4, help="Adam's learning rate")
-    add(
-        "--num_workers",
-        type=number(int, least=0),
-        default=min(n_cores, 8),
-        help="loader processes (default from the machine)",
-    )
-    add("--seed", type=number(int, least=0), default=0, help="of the split, the weights, the augmentation and the gaze")
+    add("--valid_size", type=float, default=0.1, help="part of the training list held out for validation (%(default)s)")
+    add("--batch_size", type=int, help="pictures per step, over all GPUs and processes (128)")
+    add("--epochs", type=int, default=101, help="epochs in all, those resumed included (%(default)s)")
+    add("--lr", type=float, help="Adam's learning rate (1e-4)")
+    add("--num_workers", type=int, default=n_workers, help="loader processes (here %(default)s)")
+    add("--seed", type=int, help="of weights, augmentation and gaze (0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPUs, if there are any")
-    add("--gpus", type=gpu_list, metavar="0,1,...", help="GPUs to use (default: all visible)")
+    add("--gpus", type=gpu_list, metavar="0,1,...", help="GPUs to use (all visible ones)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it")
-    add(
-        "--resume_training", type=boolean, nargs="?", const=True, default=False, help="go on after the last epoch saved"
-    )
+    add("--resume_training", **resume, help="go on after the last epoch saved")
 
 
-def settle_flags(given: dict[str, Any], stored: dict[str, Any] | None, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Values of flags that a checkpoint may fix: the stored value, else the one given, else the default.
+def parse_flags(
+    parser: argparse.ArgumentParser, argv: list[str] | None, positive: Iterable[str] = ()
+) -> argparse.Namespace:
+    """Parse the command line; a number out of its range, such as one of `positive` below 1, is refused by name."""
+    args = parser.parse_args(argv)
+    least = dict.fromkeys(("batch_size", "epochs", *positive), 1) | dict.fromkeys(("num_workers", "seed"), 0)
+    for name, bound in least.items():
+        value = vars(args)[name]
+        if value is not None and not bound <= value < 2**32:
+            parser.error(f"argument --{name}: {value} is not at least {bound}, or far too large")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        parser.error(f"argument --lr: {args.lr} is not above 0")
+    if not 0 < args.valid_size < 1:
+        parser.error(f"argument --valid_size: {args.valid_size} is not between 0 and 1")
+    return args
 
-    A flag that was not given is None. Raises UserError if one was given and contradicts what is stored.
+
+def settle_flags(
+    given: dict[str, Any], stored: dict[str, Any] | None, defaults: dict[str, Any], free: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Values of flags that a checkpoint may fix: what is stored, else what is given, else the default.
+
+    A flag that was not given is None. A given one of `free` wins; any other that contradicts what is stored raises
+    UserError.
     """
     values = {}
     for name, default in defaults.items():
-        if stored and given[name] not in (None, stored[name]):
+        stands = stored[name] if stored else default
+        if stored and name not in free and given[name] not in (None, stands):
             raise UserError(
-                f"--{name} {given[name]} contradicts the checkpoint, which was made with {name} {stored[name]}: "
+                f"--{name} {given[name]} contradicts the checkpoint, which was made with {name} {stands}: "
                 "leave the flag out, or train anew"
             )
-        values[name] = stored[name] if stored else default if given[name] is None else given[name]
+        values[name] = stands if given[name] is None else given[name]
     return values
 
 
@@ -128,19 +128,12 @@ class Machine(NamedTuple):
     rank: int
     world_size: int
 
-    def autocast(self) -> torch.autocast:
-        """The one mixed-precision context, switched off for fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-    def own(self, n_items: int) -> range:
-        """The items of a list that are this process's to evaluate: dealt out in turn, each to one process."""
-        return range(self.rank, n_items, self.world_size)
-
-    def share(self, batch_size: int) -> int:
-        """Size of this process's part of a batch. Raises UserError if the batch cannot be divided evenly."""
+    def loading(self, batch_size: int, num_workers: int) -> dict[str, Any]:
+        """How a loader of this process is set up. Raises UserError if the batch cannot be divided evenly."""
         if batch_size % self.world_size:
             raise UserError(f"--batch_size {batch_size} is not a multiple of the {self.world_size} processes")
-        return batch_size // self.world_size
+        share = batch_size // self.world_size
+        return {"batch_size": share, "num_workers": num_workers, "pin_memory": self.device.type == "cuda"}
 
     def say(self, text: str) -> None:
         """Print once, whatever the number of processes."""
@@ -181,17 +174,43 @@ def set_up_machine(device: str, gpus: list[int] | None, precision: str) -> Machi
     return Machine(place, gpus, precision, rank, world_size)
 
 
+class MixedPrecision(nn.Module):
+    """A network under autocast.
+
+    The context belongs inside `forward`: DataParallel calls that in threads of its own, to which a context entered
+    outside passes on that it is enabled, but not that its type is bfloat16.
+    """
+
+    def __init__(self, net: nn.Module, machine: Machine) -> None:
+        super().__init__()
+        self.net = net
+        self.device_type, self.enabled = machine.device.type, machine.precision == "bf16"
+
+    def forward(self, *inputs: Any) -> Any:
+        """What the network gives for the inputs."""
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.enabled):
+            return self.net(*inputs)
+
+
 def wrap(model: nn.Module, machine: Machine) -> nn.Module:
-    """The model over several processes (DistributedDataParallel), over several GPUs (DataParallel), or as it is."""
+    """The model in the machine's precision, over several processes or GPUs if it has them."""
+    net = MixedPrecision(model, machine)
     if machine.world_size > 1:
         # A static graph lets parameters without a gradient be, such as attention that no glimpse uses.
-        return nn.parallel.DistributedDataParallel(model, device_ids=machine.gpus or None, static_graph=True)
-    return nn.DataParallel(model, machine.gpus) if len(machine.gpus) > 1 else model
+        return nn.parallel.DistributedDataParallel(net, device_ids=machine.gpus or None, static_graph=True)
+    return nn.DataParallel(net, machine.gpus) if len(machine.gpus) > 1 else net
 
 
-def unsynchronized(net: nn.Module) -> nn.Module:
-    """For evaluation: processes may have different numbers of batches, so none may wait for another in `forward`."""
-    return net.module if isinstance(net, nn.parallel.DistributedDataParallel) else net
+def for_evaluation(net: nn.Module) -> nn.Module:
+    """The wrapped model in eval mode, the same in all processes, and none waits for another in `forward`.
+
+    Processes may have different numbers of batches, and after a training step BatchNorm statistics of their own.
+    """
+    if isinstance(net, nn.parallel.DistributedDataParallel):
+        net = net.module
+        for buffer in net.buffers():
+            dist.broadcast(buffer, src=0)
+    return net.eval()
 
 
 def gather(part: Tensor, machine: Machine) -> Tensor:
@@ -211,26 +230,40 @@ def gather(part: Tensor, machine: Machine) -> Tensor:
 
 def prepare_folder(path: Path) -> None:
     """Make a folder to write to. Raises UserError at once, rather than after an epoch, where that is impossible."""
-    try:
+    with contextlib.suppress(OSError):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path} ({error.strerror}): choose another") from error
-    if not os.access(path, os.W_OK):
+    if not path.is_dir() or not os.access(path, os.W_OK):
         raise UserError(f"cannot write to the folder {path}: choose another")
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write to a temporary file, flush it to the disk and rename it: `path` is always whole, the old one or the new."""
+def cpu_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state dict on the CPU, so that its file opens on any machine, whatever opens it."""
+    return {key: value.cpu() for key, value in module.state_dict().items()}
+
+
+@contextlib.contextmanager
+def replacing(path: Path, **how: Any) -> Iterator[IO[Any]]:
+    """Open a temporary file, flush it to the disk and rename it: `path` is always whole, the old one or the new.
+
+    Raises UserError where that is impossible.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
+        with open(temporary, **how) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); earlier files are intact") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all."""
+    with replacing(path, mode="wb") as file:
+        torch.save(content, file)
 
 
 def load_checkpoint(path: Path, required: Iterable[str], hint: str) -> dict[str, Any]:
@@ -239,6 +272,8 @@ def load_checkpoint(path: Path, required: Iterable[str], hint: str) -> dict[str,
         raise UserError(f"checkpoint {path} not found: {hint}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch raises many types on a broken file
         raise UserError(f"{path} cannot be read: it is truncated or no checkpoint of PyTorch weights") from error
     missing = [key for key in required if not isinstance(content, dict) or key not in content]
@@ -247,32 +282,34 @@ def load_checkpoint(path: Path, required: Iterable[str], hint: str) -> dict[str,
     return content
 
 
-def load_weights(load: Callable[[dict[str, Tensor]], Any], state: dict[str, Tensor], path: Path | str) -> None:
+def load_state(load: Callable[[dict[str, Any]], Any], state: dict[str, Any], path: Path | str) -> None:
     """Call load(state), and turn PyTorch's long list of misfits into one line. Raises UserError."""
     try:
         load(state)
-    except (RuntimeError, AttributeError, TypeError) as error:
+    except (RuntimeError, AttributeError, TypeError, ValueError, KeyError) as error:
         misfits = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        raise UserError(f"the weights in {path} do not fit this network: {misfits[0][:160]}") from error
+        raise UserError(f"the state in {path} does not fit this network: {misfits[0][:160]}") from error
 
 
 def restore(
-    last: dict[str, Any] | None, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    last: dict[str, Any] | None, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float
 ) -> tuple[int, float]:
     """Put the state of the last epoch back, if there is one. Returns the next epoch and the best accuracy so far."""
     if last is None:
         return 0, -1.0
-    load_weights(model.load_state_dict, last["model_dict"], path)
-    optimizer.load_state_dict(last["optimizer"])
+    load_state(model.load_state_dict, last["model_dict"], path)
+    load_state(optimizer.load_state_dict, last["optimizer"], path)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
     return last["epoch"] + 1, last["best_accuracy"]
 
 
-def refuse_other_data(checkpoint: dict[str, Any] | None, data: dict[str, Any], path: Path) -> None:
+def refuse_other_data(stored: dict[str, Any], data: dict[str, Any], path: Path) -> None:
     """Raise UserError if training would go on with other classes, other list sizes or another split."""
-    for name, stored in (checkpoint["data"] if checkpoint else {}).items():
-        if stored != data.get(name):
-            values = "" if name == "class_names" else f" (then {stored}, now {data.get(name)})"
-            raise UserError(f"{path} cannot be resumed with other data: {name.replace('_', ' ')} differ{values}")
+    for name, value in stored.items():
+        if value != data.get(name):
+            values = "" if name == "class_names" else f" (then {value}, now {data.get(name)}: see --valid_size)"
+            raise UserError(f"{path} was trained on other data: {name.replace('_', ' ')} differ{values}")
 
 
 # --- meters and logs
@@ -303,41 +340,42 @@ class Meter:
         return ", ".join(f"{name} {mean:.3f}" for name, mean in self.means().items())
 
 
-def progress(title: str, n_pictures: int, machine: Machine) -> tqdm:
-    """A bar that counts pictures; silent in a pipe and on all processes but the first."""
+def progress(title: str, loader: DataLoader, machine: Machine) -> tqdm:
+    """A bar that counts the pictures of all processes; silent in a pipe and on all processes but the first."""
+    n_pictures = min(len(loader.dataset), len(loader) * loader.batch_size * machine.world_size)
     return tqdm(total=n_pictures, desc=title, unit=" pictures", leave=False, disable=True if machine.rank else None)
 
 
-def log_metrics(path: Path, row: dict[str, Any]) -> None:
-    """Write an epoch's row into a CSV, after the rows of earlier epochs and in place of the same and later ones."""
-    rows = []
-    if path.is_file():
+def read_log(path: Path) -> list[dict[str, str]]:
+    """Rows of a metrics log, none if there is no such file. Raises UserError if it is not one of ours."""
+    try:
         with open(path, newline="") as file:
-            rows = [old for old in csv.DictReader(file) if int(old["epoch"]) < row["epoch"]]
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row), extrasaction="ignore", restval="")
+            rows = list(csv.DictReader(file))
+        return [row for row in rows if int(row["epoch"]) > 0]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no metrics log of this script: move it away, or give another --save_dir") from error
+
+
+def log_metrics(path: Path, epoch: int, **parts: dict[str, float]) -> None:
+    """Write an epoch (from 0) into a metrics log, in place of rows of the same and later epochs."""
+    row = {f"{part}_{name}": f"{value:.6g}" for part, values in parts.items() for name, value in values.items()}
+    rows = [old for old in read_log(path) if int(old["epoch"]) <= epoch]
+    with replacing(path, mode="w", newline="") as file:
+        writer = csv.DictWriter(file, ["epoch", *row], extrasaction="ignore")
         writer.writeheader()
-        writer.writerows([*rows, row])
-    os.replace(temporary, path)
-
-
-def metrics_row(epoch: int, train: dict[str, float], valid: dict[str, float]) -> dict[str, Any]:
-    """One epoch's line of the metrics log, epochs counted from 1."""
-    columns = {f"train_{name}": value for name, value in train.items()}
-    columns |= {f"valid_{name}": value for name, value in valid.items()}
-    return {"epoch": epoch + 1, **{name: f"{value:.6g}" for name, value in columns.items()}}
+        writer.writerows([*rows, {"epoch": epoch + 1, **row}])
 
 
 def describe_run(flags: dict[str, Any], data: dict[str, Any], model: nn.Module, machine: Machine) -> str:
     """What a training run is about to do: its flags, data, model and machine, a line each."""
-    n_all = sum(parameter.numel() for parameter in model.parameters())
-    n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    sizes = f"{data['training pictures']:,} training and {data['validation pictures']:,} validation pictures"
+    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) / 1e6 for frozen in (1, 0)]
     where = f"GPUs {machine.gpus}" if machine.gpus else f"CPU, {torch.get_num_threads()} threads"
+    counts = f"{data['training pictures']:,} training and {data['validation pictures']:,} validation pictures"
     return (
         f"flags  {' '.join(f'{name}={value}' for name, value in flags.items())}\n"
-        f"data   {len(data['class_names'])} classes, {sizes}\n"
-        f"model  {n_all / 1e6:.1f} M parameters, {n_trained / 1e6:.1f} M of them trained\n"
+        f"data   {len(data['class_names'])} classes, {counts}\n"
+        f"model  {sizes[0]:.1f} M parameters, {sizes[1]:.1f} M of them trained\n"
         f"on     {where}, {machine.world_size} process{'es' if machine.world_size > 1 else ''}, {machine.precision}"
     )

@@ -44,7 +44,7 @@ class DatasetError(Exception):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Downloads, verifies and unpacks Stanford Dogs.")
+    parser = argparse.ArgumentParser(description="Downloads, verifies and unpacks Stanford Dogs.", allow_abbrev=False)
     parser.add_argument("--data_dir", type=Path, default=Path("data/Original"), help="folder to fill")
     parser.add_argument("--base_url", default=BASE_URL, help="where both archives are (a mirror)")
     return parser.parse_args(argv)
@@ -160,8 +160,8 @@ def install(archive: Archive, data_dir: Path, base_url: str) -> None:
         verify(path, archive.size, archive.sha256)
         print(f"{path}: unpacking", flush=True)
         unpack(path, folder, temporary)
-    for leftover in (path, part):
-        leftover.unlink(missing_ok=True)
+        path.unlink()
+    part.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import csv
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import dataset
 import main
 import pretrain
 import utils
-from model import build_backbone
+from model import PretrainNetwork, build_backbone
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--precision", "fp32", "--valid_size", "0.3"]
@@ -35,6 +36,7 @@ def main_args(make_data, save_dir: Path, tmp_path: Path) -> list[str]:
     return [*folders, *SMALL]
 
 
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 MODEL = ["--rnn_hidden", "16", "--k", "2", "--start_size", "1", "--n_glimpses", "2", "--lr", "0.01"]
 
 
@@ -183,9 +185,17 @@ def test_every_policy_trains(main_args: list[str], save_dir: Path, capsys: pytes
         assert f"policy {policy}" in capsys.readouterr().out
 
 
-def test_2018_checkpoint_is_accepted(make_data, tmp_path: Path) -> None:
-    """It holds the weights of a resnet50 at 96 pixels under model_dict, and nothing else."""
-    torch.save({"model_dict": build_backbone("resnet50").state_dict()}, tmp_path / "pt_glimpse_model.tar")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_2018_checkpoint_is_accepted(zipped: bool, make_data, tmp_path: Path) -> None:
+    """It holds the weights of a resnet50 at 96 pixels under model_dict, and nothing else.
+
+    Early PyTorch did not zip its files, nor count batches in BatchNorm.
+    """
+    state = build_backbone("resnet50").state_dict()
+    if not zipped:
+        state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    path = tmp_path / "pt_glimpse_model.tar"
+    torch.save({"model_dict": state}, path, _use_new_zipfile_serialization=zipped)
     folders = ["--data_dir", str(make_data(n_train=2, n_classes=2)), "--save_dir", str(tmp_path)]
     main.main([*folders, *SMALL, "--epochs", "1", "--rnn_hidden", "8", "--k", "1", "--start_size", "4"])
     made = read(tmp_path / "saved_model.tar")
@@ -196,6 +206,49 @@ def test_backbone_in_the_checkpoint_is_the_pretrained_one(main_args: list[str], 
     main.main([*main_args, *MODEL, "--epochs", "2"])
     before, after = read(save_dir / "pt_glimpse_model.tar")["model_dict"], read(save_dir / "last.tar")["model_dict"]
     assert all(torch.equal(value, after[f"glimpse.backbone.{key}"]) for key, value in before.items())
+
+
+def test_best_checkpoints_are_of_the_best_epoch(main_args: list[str], pretrain_args: list[str], save_dir: Path) -> None:
+    out = Path(pretrain_args[3])
+    pretrain.main([*pretrain_args, "--epochs", "3", "--lr", "0.01"])
+    main.main([*main_args, *MODEL, "--epochs", "4"])
+    for best, log, column in (
+        (out / "pt_glimpse_model.tar", out / "pt_log.csv", "valid_acc_123"),
+        (save_dir / "saved_model.tar", save_dir / "log.csv", "valid_accuracy"),
+    ):
+        accuracies = [float(row[column]) for row in read_log(log)]
+        assert read(best)["epoch"] == accuracies.index(max(accuracies))
+        assert read(best)["accuracy"] == pytest.approx(max(accuracies), rel=1e-5)
+
+
+def test_view_glimpses_draws_the_deterministic_trajectory(
+    main_args: list[str], save_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 2018 code drew boxes at a location averaged over ten sampled trajectories."""
+    main.main([*main_args, *MODEL, "--epochs", "1"])
+    drawn = []
+    real = main.draw_panel
+    monkeypatch.setattr(main, "draw_panel", lambda *given: drawn.append(given) or real(*given))
+    main.main([*main_args, "--task=view_glimpses", "--n_samples", "5"])
+    checkpoint = read(save_dir / "saved_model.tar")
+    net = main.build_model(checkpoint, 3).eval()
+    net.load_state_dict(checkpoint["model_dict"])
+    assert len(drawn) == 5 and len({caption for *_, caption in drawn}) > 1
+    for canvas, location, attention, scales, patch_size, caption in drawn:
+        rollout = net(canvas.unsqueeze(0), torch.zeros(1, 1, 2, 2))
+        assert torch.allclose(location, rollout.location[0, 0], atol=1e-5) and (scales, patch_size) == ((1, 2), 32)
+        assert torch.allclose(attention, rollout.attention[0, 0], atol=1e-5)
+        label = rollout.logits[0, 0].argmax().item()
+        assert re.fullmatch(rf"predicted toy breed {label + 1} \([01]\.\d\d\), true toy breed [123]", caption)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_checkpoint_opens_without_one(main_args: list[str], save_dir: Path) -> None:
+    """As the 2018 files did not."""
+    words = [word for word in main_args if word not in ("--device", "cpu")]
+    main.main([*words, *MODEL, "--epochs", "1", "--device", "cuda"])
+    assert not any(value.is_cuda for value in read(save_dir / "saved_model.tar")["model_dict"].values())
+    main.main([*main_args, "--resume_training", "--epochs", "2"])
 
 
 def test_training_opens_no_test_picture(pretrain_args: list[str], main_args: list[str], make_data) -> None:
@@ -260,11 +313,53 @@ def test_two_processes_train_and_evaluate_as_one(
         assert together == pytest.approx(alone, abs=2e-3)  # Adam's first steps magnify rounding
 
 
-def test_each_process_evaluates_its_own_pictures() -> None:
-    machines = [utils.Machine(torch.device("cpu"), [], "fp32", rank, 3) for rank in range(3)]
-    assert sorted(index for machine in machines for index in machine.own(10)) == list(range(10))
+@pytest.mark.parametrize("policy", ["learned", "center"])
+def test_two_processes_leave_unused_attention_alone(policy: str, main_args: list[str], save_dir: Path) -> None:
+    """With one glimpse, or another policy, parts of the location network have no gradient to wait for."""
+    flags = ["--rnn_hidden", "16", "--k", "1", "--start_size", "4", "--policy", policy, "--epochs", "2"]
+    done = subprocess.run([*LAUNCH, str(ROOT / "main.py"), *main_args, *flags], capture_output=True, text=True)
+    assert done.returncode == 0 and read(save_dir / "last.tar")["epoch"] == 1, done.stderr
+
+
+def test_two_processes_pretrain_what_they_validate(pretrain_args: list[str], tmp_path: Path) -> None:
+    """Each process has BatchNorm statistics of its own after a step; the figures must be those of the file saved."""
+    out, script = tmp_path / "out", str(ROOT / "pretrain.py")
+    done = subprocess.run([*LAUNCH, script, *pretrain_args, "--epochs", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    row = read_log(out / "pt_log.csv")[0]
+    machine = utils.set_up_machine("cpu", None, "fp32")
+    net = PretrainNetwork(backbone=build_backbone("resnet18"), n_classes=3, patch_size=32)
+    net.load_state_dict(read(out / "pt_last.tar")["model_dict"])
+    loading = {"canvas_size": 128, "batch_size": 4, "num_workers": 0}
+    _, loader, _ = dataset.make_training_loaders(
+        pretrain_args[1], 0.3, seed=0, rank=0, world_size=1, drop_last=True, **loading
+    )
+    alone = pretrain.evaluate(utils.wrap(net, machine), loader, machine, "")
+    for name, value in alone.items():
+        assert float(row[f"valid_{name}"]) == pytest.approx(value, rel=1e-4)
+
+
+def test_batches_that_cannot_be_shared_out(pretrain_args: list[str], make_data) -> None:
+    machine = utils.Machine(torch.device("cpu"), [], "fp32", 0, 3)
     with pytest.raises(utils.UserError, match="--batch_size 7 is not a multiple of the 3 processes"):
-        machines[0].share(7)
+        machine.loading(7, 0)
+    assert "--batch_size 1 leaves one picture" in fails(pretrain.main, [*pretrain_args, "--batch_size", "1"])
+    pictures = dataset.read_list(make_data(), "test")
+    with pytest.raises(dataset.DataError, match="more processes than pictures"):
+        dataset.make_loader(pictures, range(20, 9, 21), canvas_size=32, batch_size=4, num_workers=0)
+
+
+def test_threads_of_data_parallel_compute_in_bfloat16() -> None:
+    """A thread that only knows that autocast is on would compute in float16 on a GPU."""
+    machine = utils.Machine(torch.device("cpu"), [], "bf16", 0, 1)
+    net = utils.wrap(torch.nn.Linear(3, 2), machine)
+    types = []
+    threads = [threading.Thread(target=lambda: types.append(net(torch.ones(1, 3)).dtype)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert types == [torch.bfloat16] * 2
 
 
 # --- what goes wrong
@@ -278,14 +373,17 @@ def test_flags_are_refused_by_name(capsys: pytest.CaptureFixture) -> None:
         (pretrain.main, "--valid_size", "0"),
         (pretrain.main, "--valid_size", "nan"),
         (pretrain.main, "--lr", "-1"),
-        (pretrain.main, "--batch_size", "1"),
+        (pretrain.main, "--batch_size", "-4"),
+        (pretrain.main, "--seed", str(2**64)),
         (pretrain.main, "--arch", "vgg16"),
         (pretrain.main, "--resume_training", "maybe"),
         (main.main, "--batch_size", "0"),
         (main.main, "--k", "two"),
         (main.main, "--std_dev", "0"),
         (main.main, "--epochs", "1.5"),
-        (main.main, "--gpus", "0,0"),
+        (main.main, "--n_samples", "0"),
+        (main.main, "--num_workers", "-1"),
+        (main.main, "--gpus", "0,00"),
         (main.main, "--gpus", "first"),
         (main.main, "--policy", "best"),
         (main.main, "--seed", "-1"),
@@ -295,6 +393,7 @@ def test_flags_are_refused_by_name(capsys: pytest.CaptureFixture) -> None:
     assert "--images" in refuses(main.main, ["--images", "a.jpg"], capsys)
     assert "--resume_training" in refuses(main.main, ["--task=test", "--resume_training"], capsys)
     assert "--no_such_flag" in refuses(main.main, ["--no_such_flag"], capsys)
+    assert "--n_glimps" in refuses(main.main, ["--n_glimps", "2"], capsys)  # no abbreviations
 
 
 def test_spellings_of_flags() -> None:
@@ -331,9 +430,57 @@ def test_scales_gpus_and_contradictions(main_args: list[str], save_dir: Path) ->
     for flag, value in (("--k", "1"), ("--start_size", "2"), ("--n_glimpses", "1"), ("--rnn_hidden", "8")):
         for task in ("--task=test", "--task=view_glimpses", "--resume_training"):
             assert flag in fails(main.main, [*main_args, task, flag, value])
-    assert "seed" in fails(main.main, [*main_args, "--resume_training", "--seed", "1"])
+    for flag, value in (("--seed", "1"), ("--std_dev", "0.3"), ("--policy", "center")):
+        assert flag in fails(main.main, [*main_args, "--resume_training", flag, value])
     assert "training pictures differ" in fails(main.main, [*main_args, "--resume_training", "--valid_size", "0.5"])
     read(save_dir / "last.tar")  # nothing was damaged
+
+
+def test_pretraining_is_resumed_as_it_was(pretrain_args: list[str], tmp_path: Path) -> None:
+    pretrain.main([*pretrain_args, "--epochs", "1"])
+    for flag, value in (("--arch", "resnet34"), ("--patch_size", "64"), ("--seed", "1")):
+        assert flag in fails(pretrain.main, [*pretrain_args, "--resume_training", flag, value])
+    path = tmp_path / "out" / "pt_last.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "pt_last.tar cannot be read" in fails(pretrain.main, [*pretrain_args, "--resume_training"])
+
+
+def test_backbone_never_saw_the_validation_pictures(pretrain_args: list[str], tmp_path: Path) -> None:
+    """Both scripts split the list alike, whatever the seed; another --valid_size would mix the parts."""
+    pretrain.main([*pretrain_args, "--epochs", "1"])
+    shared = ["--data_dir", pretrain_args[1], "--save_dir", str(tmp_path / "out"), *SMALL, *MODEL, "--epochs", "1"]
+    splits = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = dataset.split_list
+        patch.setattr(dataset, "split_list", lambda *given: splits.append(real(*given)) or splits[-1])
+        pretrain.main([*pretrain_args, "--epochs", "1"])
+        main.main([*shared, "--seed", "3"])
+    assert len(splits) == 2 and splits[0] == splits[1]
+    assert "--valid_size" in fails(main.main, [*shared, "--valid_size", "0.5"])
+
+
+def test_learning_rate_and_batch_size_may_change_on_resuming(main_args: list[str], save_dir: Path) -> None:
+    main.main([*main_args, *MODEL, "--epochs", "1"])
+    resume = [*main_args[:6], "--valid_size", "0.3", "--num_workers", "0", "--device", "cpu", "--resume_training"]
+    main.main([*resume, "--epochs", "2"])
+    last = read(save_dir / "last.tar")
+    assert (last["lr"], last["batch_size"], last["optimizer"]["param_groups"][0]["lr"]) == (0.01, 4, 0.01)
+    main.main([*resume, "--epochs", "3", "--lr", "0.5", "--batch_size", "6"])
+    last = read(save_dir / "last.tar")
+    assert (last["lr"], last["batch_size"], last["optimizer"]["param_groups"][0]["lr"]) == (0.5, 6, 0.5)
+
+
+def test_foreign_log_is_left_alone(
+    main_args: list[str], pretrain_args: list[str], save_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    for script, path, flags in (
+        (main.main, save_dir / "log.csv", [*main_args, *MODEL]),
+        (pretrain.main, tmp_path / "out" / "pt_log.csv", pretrain_args),
+    ):
+        path.write_text("a,b\n1,2\n")
+        assert f"{path} is no metrics log" in fails(script, flags)
+        assert path.read_text() == "a,b\n1,2\n"
 
 
 def test_bad_checkpoints_end_with_one_line(main_args: list[str], pretrain_args: list[str], save_dir: Path) -> None:
@@ -341,6 +488,11 @@ def test_bad_checkpoints_end_with_one_line(main_args: list[str], pretrain_args: 
     assert "last.tar not found" in fails(main.main, [*main_args, "--resume_training"])
     assert "pt_last.tar not found" in fails(pretrain.main, [*pretrain_args, "--resume_training"])
     assert "gone.pth not found" in fails(pretrain.main, [*pretrain_args, "--weights", str(save_dir / "gone.pth")])
+    for name, task in (("saved_model.tar", "--task=test"), ("last.tar", "--resume_training")):
+        (save_dir / name).write_bytes(b"PK not really")
+        assert f"{name} cannot be read" in fails(main.main, [*main_args, task])
+        torch.save({"model_dict": {}}, save_dir / name)
+        assert f"{name} is not a checkpoint of the expected kind" in fails(main.main, [*main_args, task])
     path = save_dir / "pt_glimpse_model.tar"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -350,18 +502,25 @@ def test_bad_checkpoints_end_with_one_line(main_args: list[str], pretrain_args: 
     torch.save({"weights": 1}, path)
     assert "no entry model_dict" in fails(main.main, [*main_args])
     torch.save({"model_dict": {"0.weight": torch.zeros(3)}}, path)
-    assert "do not fit" in fails(main.main, [*main_args])
-    assert "do not fit" in fails(pretrain.main, [*pretrain_args, "--weights", str(path)])
+    assert "does not fit" in fails(main.main, [*main_args])
+    assert "does not fit" in fails(pretrain.main, [*pretrain_args, "--weights", str(path)])
     path.unlink()
     assert "python pretrain.py" in fails(main.main, [*main_args])
 
 
-def test_failed_saving_leaves_the_earlier_file(tmp_path: Path) -> None:
+def test_failed_saving_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.tar"
     utils.save_checkpoint(path, {"epoch": 0})
     with pytest.raises(Exception, match="pickle"):
         utils.save_checkpoint(path, {"epoch": lambda: None})
-    assert read(path) == {"epoch": 0}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(utils.UserError, match=r"cannot write .*last.tar .*No space left.*earlier files are intact"):
+        utils.save_checkpoint(path, {"epoch": 1})
+    assert read(path) == {"epoch": 0} and list(tmp_path.iterdir()) == [path]
 
 
 def test_saving_where_nothing_can_be_written(pretrain_args: list[str], tmp_path: Path) -> None:
@@ -371,9 +530,28 @@ def test_saving_where_nothing_can_be_written(pretrain_args: list[str], tmp_path:
 
 def test_metrics_log_replaces_what_is_repeated(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
-    for epoch, value in ((1, "a"), (2, "b"), (3, "c"), (2, "d")):
-        utils.log_metrics(path, {"epoch": epoch, "value": value})
-    assert path.read_text().split() == ["epoch,value", "1,a", "2,d"]
+    for epoch, value in ((0, 1), (1, 2), (2, 3), (1, 4)):
+        utils.log_metrics(path, epoch, train={"loss": value})
+    assert path.read_text().split() == ["epoch,train_loss", "1,1", "2,4"]
+
+
+def test_kinds_of_trajectories() -> None:
+    probabilities = torch.eye(4).expand(3, 4, 4)  # trajectory m of each picture is sure of class m
+    learned = main.by_kind(probabilities, "learned")
+    assert list(learned) == ["deterministic", "one trajectory", "mean of 3"]
+    assert torch.equal(learned["deterministic"], probabilities[:, :1])
+    assert torch.equal(learned["one trajectory"], probabilities[:, 1:])
+    assert torch.allclose(learned["mean of 3"], torch.tensor([0, 1 / 3, 1 / 3, 1 / 3]).expand(3, 1, 4))
+    assert list(main.by_kind(probabilities, "random")) == ["one trajectory", "mean of 4"]
+    assert list(main.by_kind(probabilities[:, :1], "center")) == ["deterministic"]
+    learned, random = (main.evaluation_noise(policy, 5, 7, 2, seed=0) for policy in ("learned", "random"))
+    assert learned.shape == (5, 8, 2, 2) and (learned[:, 0] == 0).all() and (learned[:, 1:] != 0).all()
+    assert torch.equal(random, learned[:, 1:]) and main.evaluation_noise("center", 5, 7, 2, seed=0).shape == (
+        5,
+        1,
+        2,
+        2,
+    )
 
 
 def test_scores_by_hand() -> None:
