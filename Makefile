@@ -13,7 +13,7 @@ SHELL       := /bin/bash
 
 # Everything that the repository does, on a small synthetic set, in minutes on a CPU.
 demo: $(VENV)/.installed $(TOY)/lists/test_list.mat
-	$(RUN) pretrain.py $(SHARED) --weights none --arch resnet18 --patch_size 32 --epochs 12
+	$(RUN) pretrain.py $(SHARED) --weights none --arch resnet18 --patch_size 32 --epochs 10
 	$(RUN) main.py $(SHARED) --k 1 --start_size 1 --rnn_hidden 256 --epochs 10
 	$(RUN) main.py $(SHARED) --task=view_glimpses --imgs_dir imgs/toy
 	$(TEST) | tee $(OUT)/test_learned.txt

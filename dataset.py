@@ -198,16 +198,18 @@ def make_loader(
 
 
 def make_training_loaders(
-    data_dir: str | Path, valid_size: float, *, seed: int, rank: int, world_size: int, drop_last: bool, **loading: Any
-) -> tuple[DataLoader, DataLoader, dict[str, Any]]:
-    """One process's share of the training and of the validation pictures, and what a checkpoint remembers of both.
+    train: PictureList, valid: PictureList, *, seed: int, rank: int, world_size: int, drop_last: bool, **loading: Any
+) -> tuple[DataLoader, DataLoader]:
+    """Loaders of one process's share of the training pictures, augmented, and of the validation pictures.
 
-    The validation pictures are dealt out in turn: rank r has number r, r + world_size, ...; `loading` goes to
-    `make_loader`.
+    The latter are dealt out in turn: rank r has number r, r + world_size, ... `loading` goes to `make_loader`.
     """
-    train, valid = split_list(read_list(data_dir, "train"), valid_size)
     sampler = TrainSampler(len(train.files), seed, rank, world_size)
-    train_loader = make_loader(train, sampler, drop_last=drop_last, **loading)
-    valid_loader = make_loader(valid, range(rank, len(valid.files), world_size), **loading)
+    valid_order = range(rank, len(valid.files), world_size)
+    return make_loader(train, sampler, drop_last=drop_last, **loading), make_loader(valid, valid_order, **loading)
+
+
+def describe_data(train: PictureList, valid: PictureList) -> dict[str, Any]:
+    """What a checkpoint remembers of the lists that it was trained and validated on."""
     sizes = {"training pictures": len(train.files), "validation pictures": len(valid.files)}
-    return train_loader, valid_loader, {"class_names": train.class_names, **sizes}
+    return {"class_names": train.class_names, **sizes}

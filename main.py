@@ -19,7 +19,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import utils
-from dataset import DataError, PictureList, crop_to_canvas, make_loader, make_training_loaders, read_list, read_picture
+from dataset import (
+    DataError,
+    PictureList,
+    crop_to_canvas,
+    describe_data,
+    make_loader,
+    make_training_loaders,
+    read_list,
+    read_picture,
+    split_list,
+)
 from glimpse import canvas_size, draw_panel, patch_scales
 from model import POLICIES, RecurrentAttention, Rollout, attention_loss, build_backbone
 
@@ -146,25 +156,33 @@ def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     return {name: value.item() for name, value in means.items()}
 
 
-def build_model(settings: dict[str, Any], n_classes: int) -> RecurrentAttention:
-    """The network that a run's or a checkpoint's settings describe, with fresh weights."""
+def build_model(settings: dict[str, Any], n_classes: int, path: Path) -> RecurrentAttention:
+    """The network that a run's settings describe, with fresh weights. Raises UserError if there is no such network.
+
+    path: the checkpoint that the settings come from.
+    """
     keywords = {name: settings[name] for name in ("patch_size", *MODEL_DEFAULTS)}
-    return RecurrentAttention(backbone=build_backbone(settings["arch"]), n_classes=n_classes, **keywords)
+    try:
+        return RecurrentAttention(backbone=build_backbone(settings["arch"]), n_classes=n_classes, **keywords)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise utils.UserError(f"{path} describes no network that can be built: {error}") from error
 
 
 def load_classifier(
-    args: argparse.Namespace, machine: utils.Machine
+    args: argparse.Namespace, machine: utils.Machine, pictures: PictureList | None = None
 ) -> tuple[RecurrentAttention, dict[str, Any], list[str]]:
-    """The best classifier on the device, the settings to use it with, and the names of its classes."""
+    """The best classifier on the device, the settings to use it with, and the names of its classes.
+
+    Raises UserError if there is none, and if the pictures it is to be used on have other classes.
+    """
     path = args.save_dir / "saved_model.tar"
     required = ("model_dict", "arch", "patch_size", "epoch", "data", *RUN_DEFAULTS)
     checkpoint = utils.load_checkpoint(path, required, "train one with `python main.py`, or give its --save_dir")
     flags = utils.settle_flags(vars(args), checkpoint, RUN_DEFAULTS, free=("policy", *utils.TRAIN_DEFAULTS))
     class_names = checkpoint["data"]["class_names"]
-    try:
-        model = build_model(checkpoint, len(class_names))
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise utils.UserError(f"{path} describes no network that can be built: {error}") from error
+    if pictures is not None and pictures.class_names != class_names:
+        raise utils.UserError(f"{args.data_dir} has other classes than those that {path} was trained on")
+    model = build_model(checkpoint, len(class_names), path)
     utils.load_state(model.load_state_dict, checkpoint["model_dict"], path)
     model.to(machine.device, memory_format=torch.channels_last).eval()
     return model, {**flags, "epoch": checkpoint["epoch"]}, class_names
@@ -172,6 +190,8 @@ def load_classifier(
 
 def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     """Train on a frozen backbone, validating after every epoch, and keep the best classifier."""
+    train_list, valid_list = split_list(read_list(args.data_dir, "train"), args.valid_size)
+    data = describe_data(train_list, valid_list)
     last_path, best_path = args.save_dir / "last.tar", args.save_dir / "saved_model.tar"
     log_path = args.save_dir / "log.csv"
     utils.read_log(log_path)  # whatever is wrong with it is better known now than after an epoch
@@ -184,14 +204,17 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
         patch_scales(flags["k"], flags["start_size"])
     except ValueError as error:
         raise utils.UserError(f"--k and --start_size: {error}") from None
-    pretrained_path = args.save_dir / "pt_glimpse_model.tar"
-    source = last or utils.load_checkpoint(pretrained_path, ["model_dict"], "make one with `python pretrain.py`")
+    source_path = last_path if last else args.save_dir / "pt_glimpse_model.tar"
+    source = last or utils.load_checkpoint(source_path, ["model_dict"], "make one with `python pretrain.py`")
+    # A backbone may come from other data, but must not have been trained on what is validated on here.
+    if last or source.get("data", {}).get("class_names") == data["class_names"]:
+        utils.refuse_other_data(source["data"], data, source_path)
     # The file of 2018 has no other entry than the weights, which are those of a resnet50 at 96 pixels.
     settings = {**flags, "arch": source.get("arch", "resnet50"), "patch_size": source.get("patch_size", 96)}
 
-    train_loader, valid_loader, data = make_training_loaders(
-        args.data_dir,
-        args.valid_size,
+    train_loader, valid_loader = make_training_loaders(
+        train_list,
+        valid_list,
         seed=flags["seed"],
         rank=machine.rank,
         world_size=machine.world_size,
@@ -199,14 +222,11 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
         canvas_size=canvas_size(settings["patch_size"], flags["start_size"]),
         **machine.loading(flags["batch_size"], args.num_workers),
     )
-    # A backbone may come from other data, but must not have been trained on what is validated on here.
-    if last or source.get("data", {}).get("class_names") == data["class_names"]:
-        utils.refuse_other_data(source["data"], data, last_path if last else pretrained_path)
 
     torch.manual_seed(flags["seed"])
-    model = build_model(settings, len(data["class_names"]))
+    model = build_model(settings, len(data["class_names"]), source_path)
     if last is None:
-        utils.load_state(model.glimpse.backbone.load_state_dict, source["model_dict"], pretrained_path)
+        utils.load_state(model.glimpse.backbone.load_state_dict, source["model_dict"], source_path)
     model.to(machine.device, memory_format=torch.channels_last)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=flags["lr"], betas=(0.5, 0.999))
@@ -242,18 +262,10 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     machine.say("next: python main.py --task=test, --task=view_glimpses or --task=predict --images FILE...")
 
 
-def test_list(data_dir: Path, class_names: list[str]) -> PictureList:
-    """The test list, whose classes must be those of the classifier. Only two tasks open it."""
-    pictures = read_list(data_dir, "test")
-    if pictures.class_names != class_names:
-        raise utils.UserError(f"{data_dir} has other classes than those that the classifier was trained on")
-    return pictures
-
-
 def test(args: argparse.Namespace, machine: utils.Machine) -> None:
     """Score the best classifier on the test list."""
-    model, flags, class_names = load_classifier(args, machine)
-    pictures = test_list(args.data_dir, class_names)
+    pictures = read_list(args.data_dir, "test")
+    model, flags, _ = load_classifier(args, machine, pictures)
     n_pictures, policy = len(pictures.files), flags["policy"]
     loading = machine.loading(flags["batch_size"], args.num_workers)
     order = range(machine.rank, n_pictures, machine.world_size)
@@ -286,8 +298,8 @@ def draw_first_trajectory(canvas: Tensor, rollout: Rollout, model: RecurrentAtte
 
 def view_glimpses(args: argparse.Namespace, machine: utils.Machine) -> None:
     """Draw where the best classifier looks, on test pictures that the seed alone chooses."""
-    model, flags, class_names = load_classifier(args, machine)
-    pictures = test_list(args.data_dir, class_names)
+    pictures = read_list(args.data_dir, "test")
+    model, flags, class_names = load_classifier(args, machine, pictures)
     utils.prepare_folder(args.imgs_dir)
     order = list(range(len(pictures.files)))
     random.Random(f"view {flags['seed']}").shuffle(order)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import utils
-from dataset import DataError, make_training_loaders
+from dataset import DataError, describe_data, make_training_loaders, read_list, split_list
 from glimpse import STARTS, canvas_size
 from model import ARCHITECTURES, HEADS, PretrainNetwork, build_backbone, load_resnet_weights
 
@@ -115,6 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, prepare, resume, train, and keep the best backbone."""
     args = parse_args(argv)
     machine = utils.set_up_machine(args.device, args.gpus, args.precision)
+    train_list, valid_list = split_list(read_list(args.data_dir, "train"), args.valid_size)
+    data = describe_data(train_list, valid_list)
     last_path, best_path = args.save_dir / "pt_last.tar", args.save_dir / "pt_glimpse_model.tar"
     log_path = args.save_dir / "pt_log.csv"
     utils.read_log(log_path)  # whatever is wrong with it is better known now than after an epoch
@@ -122,11 +124,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume_training:
         keys = ("model_dict", "optimizer", "epoch", "best_accuracy", "data", *RUN_DEFAULTS)
         last = utils.load_checkpoint(last_path, keys, "there is no run to resume, leave --resume_training out")
+        utils.refuse_other_data(last["data"], data, last_path)
     flags = utils.settle_flags(vars(args), last, RUN_DEFAULTS, free=("batch_size", "lr"))
 
-    train_loader, valid_loader, data = make_training_loaders(
-        args.data_dir,
-        args.valid_size,
+    train_loader, valid_loader = make_training_loaders(
+        train_list,
+        valid_list,
         seed=flags["seed"],
         rank=machine.rank,
         world_size=machine.world_size,
@@ -134,8 +137,6 @@ def main(argv: list[str] | None = None) -> None:
         canvas_size=canvas_size(flags["patch_size"], STARTS[0]),
         **machine.loading(flags["batch_size"], args.num_workers),
     )
-    if last:
-        utils.refuse_other_data(last["data"], data, last_path)
     if min(map(len, torch.arange(train_loader.batch_size).chunk(max(1, len(machine.gpus))))) < 2:
         raise utils.UserError(
             f"--batch_size {flags['batch_size']} leaves one picture to a GPU or process: BatchNorm needs at least two"

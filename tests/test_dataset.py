@@ -185,8 +185,8 @@ def test_each_picture_is_opened_once(make_data, monkeypatch: pytest.MonkeyPatch)
 def test_workers_that_outlive_an_epoch_see_the_next_one(make_data) -> None:
     """Persistent workers keep their copy of the dataset, so the epoch must travel with the keys."""
     keywords = {"seed": 0, "rank": 0, "world_size": 1, "drop_last": False, "canvas_size": 32, "batch_size": 4}
-    data_dir = make_data()
-    loaders = [dataset.make_training_loaders(data_dir, 0.3, num_workers=workers, **keywords)[0] for workers in (0, 1)]
+    lists = split_list(read_list(make_data(), "train"), 0.3)
+    loaders = [dataset.make_training_loaders(*lists, num_workers=workers, **keywords)[0] for workers in (0, 1)]
     epochs = []
     for number in range(2):
         for loader in loaders:
@@ -199,15 +199,14 @@ def test_workers_that_outlive_an_epoch_see_the_next_one(make_data) -> None:
 
 def test_validation_pictures_are_middle_crops_in_order(make_data) -> None:
     """In 2018 even the pictures that chose the epoch were randomly cropped."""
-    data_dir = make_data()
+    train, valid = split_list(read_list(make_data(), "train"), 0.3)
     keywords = {"seed": 0, "drop_last": False, "canvas_size": 32, "batch_size": 4, "num_workers": 0}
-    _, loader, data = dataset.make_training_loaders(data_dir, 0.3, rank=0, world_size=1, **keywords)
+    _, loader = dataset.make_training_loaders(train, valid, rank=0, world_size=1, **keywords)
     canvas = torch.cat([canvas for canvas, _ in loader])
-    files = split_list(read_list(data_dir, "train"), 0.3)[1].files
-    assert len(files) == data["validation pictures"] == 6
-    expected = [dataset.crop_to_canvas(dataset.read_picture(file), 32) for file in files]
+    assert dataset.describe_data(train, valid)["validation pictures"] == len(valid.files) == 6
+    expected = [dataset.crop_to_canvas(dataset.read_picture(file), 32) for file in valid.files]
     assert torch.equal(canvas, torch.stack(expected))
-    shares = [dataset.make_training_loaders(data_dir, 0.3, rank=r, world_size=4, **keywords)[1] for r in range(4)]
+    shares = [dataset.make_training_loaders(train, valid, rank=r, world_size=4, **keywords)[1] for r in range(4)]
     parts = [torch.cat([canvas for canvas, _ in share]) for share in shares]
     assert [len(part) for part in parts] == [2, 2, 1, 1] and torch.equal(parts[1], canvas[1::4])
 

@@ -464,10 +464,17 @@ def test_killed_after_unpacking_is_tidied(run, site, dogs):
     run()
     site.requests.clear()
     (dogs / "Images.part").mkdir()
-    (dogs / "images.tar").write_bytes(IMAGES_TAR)
+    (dogs / "images.tar.part").write_bytes(IMAGES_TAR[:100])
     assert run()[0] == 0
     assert site.requests == []
     assert_complete(dogs)
+
+
+def test_archive_of_the_user_is_left_where_it_is_not_needed(run, site, dogs):
+    run()
+    (dogs / "images.tar").write_bytes(b"not ours to delete")
+    assert run()[0] == 0
+    assert (dogs / "images.tar").read_bytes() == b"not ours to delete"
 
 
 def test_command_line_reports_one_line_and_exit_code(site, tmp_path):
