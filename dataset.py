@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.io import loadmat
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -109,7 +109,8 @@ def read_picture(path: str | Path) -> Image.Image:
     except FileNotFoundError:
         raise DataError(f"picture {path} not found") from None
     except Exception as error:  # Pillow's decoders raise many types on a broken file
-        reason = " ".join(str(error).split()) or type(error).__name__
+        unknown = isinstance(error, UnidentifiedImageError)  # whose message is mostly the path
+        reason = "not a picture" if unknown else " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"picture {path} cannot be read ({reason}): replace it or leave it out") from error
 
 
