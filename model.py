@@ -183,10 +183,10 @@ def location_mean(attention: Tensor) -> Tensor:
 def gaussian_log_prob(sample: Tensor, mean: Tensor, std_dev: float) -> Tensor:
     """log N(sample; mean, std_dev^2 I), summed over the two axes: [..., 2] -> [...].
 
-    The sample is detached and is the one *before* tanh; only so the mean of the gradient, the score, is zero
+    The sample must be detached and the one *before* tanh; only so the mean of the gradient, the score, is zero
     (Williams 1992).
     """
-    distance = (sample.detach() - mean) / std_dev
+    distance = (sample - mean) / std_dev
     return (-0.5 * distance**2 - math.log(std_dev) - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
