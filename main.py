@@ -5,7 +5,6 @@ last.tar (to resume from) and log.csv beside it. The other tasks need saved_mode
 """
 
 import argparse
-import math
 import random
 import time
 from pathlib import Path
@@ -53,10 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--n_samples", type=int, default=20, help="pictures that view_glimpses draws (%(default)s)")
     add("--imgs_dir", type=Path, default=Path("imgs"), help="folder for the pictures drawn (%(default)s)")
     add("--images", type=Path, nargs="+", metavar="FILE", help="pictures to predict")
-    positive = ("k", "start_size", "n_glimpses", "rnn_hidden", "n_trajectories", "n_samples")
-    args = utils.parse_flags(parser, argv, positive)
-    if args.std_dev is not None and not 0 < args.std_dev < math.inf:
-        parser.error(f"argument --std_dev: {args.std_dev} is not above 0")
+    args = utils.parse_flags(parser, argv, positive=(*MODEL_DEFAULTS, "n_trajectories", "n_samples"))
     if (args.task == "predict") != bool(args.images):
         parser.error("--task=predict needs --images FILE..., and no other task takes it")
     if args.task != "train" and args.resume_training:
@@ -195,10 +191,7 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     last_path, best_path = args.save_dir / "last.tar", args.save_dir / "saved_model.tar"
     log_path = args.save_dir / "log.csv"
     utils.read_log(log_path)  # whatever is wrong with it is better known now than after an epoch
-    last: dict[str, Any] | None = None
-    if args.resume_training:
-        required = ("model_dict", "optimizer", "epoch", "best_accuracy", "data", "arch", "patch_size", *RUN_DEFAULTS)
-        last = utils.load_checkpoint(last_path, required, "there is no run to resume, leave --resume_training out")
+    last = utils.load_last(last_path, args.resume_training, ("arch", "patch_size", *RUN_DEFAULTS))
     flags = utils.settle_flags(vars(args), last, RUN_DEFAULTS, free=("batch_size", "lr"))
     try:
         patch_scales(flags["k"], flags["start_size"])

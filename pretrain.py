@@ -6,7 +6,6 @@ Writes under --save_dir: pt_glimpse_model.tar (best backbone), pt_last.tar (to r
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,16 +96,16 @@ def train_one_epoch(
 def evaluate(net: nn.Module, loader: DataLoader, machine: utils.Machine, title: str) -> dict[str, float]:
     """Loss and the heads' accuracies over a list, each picture once whatever the number of processes."""
     net = utils.for_evaluation(net)
-    answers, meter = [], utils.Meter()
+    answers, truth, meter = [], [], utils.Meter()
     with utils.progress(title, loader, machine) as bar:
         for canvas, labels in loader:
-            logits = net(canvas.to(machine.device, non_blocking=True)).cpu()
-            meter.update(len(labels), loss=pretrain_loss(logits, labels), **head_accuracies(logits, labels))
-            answers.append(torch.cat([logits, labels.view(-1, 1, 1).expand(-1, len(HEADS), 1)], dim=-1))
+            answers.append(net(canvas.to(machine.device, non_blocking=True)).cpu())  # [B, 4, C]
+            truth.append(labels)
+            loss = pretrain_loss(answers[-1], labels)
+            meter.update(len(labels), loss=loss, **head_accuracies(answers[-1], labels))
             if bar.update(len(labels) * machine.world_size):
                 bar.set_postfix_str(str(meter), refresh=False)
-    answers = utils.gather(torch.cat(answers), machine)  # [n_pictures, 4, C + 1]
-    logits, labels = answers[..., :-1], answers[:, 0, -1].long()
+    logits, labels = utils.gather(torch.cat(answers), machine), utils.gather(torch.cat(truth), machine)
     means = {"loss": pretrain_loss(logits, labels), **head_accuracies(logits, labels)}
     return {name: value.item() for name, value in means.items()}
 
@@ -120,10 +119,8 @@ def main(argv: list[str] | None = None) -> None:
     last_path, best_path = args.save_dir / "pt_last.tar", args.save_dir / "pt_glimpse_model.tar"
     log_path = args.save_dir / "pt_log.csv"
     utils.read_log(log_path)  # whatever is wrong with it is better known now than after an epoch
-    last: dict[str, Any] | None = None
-    if args.resume_training:
-        keys = ("model_dict", "optimizer", "epoch", "best_accuracy", "data", *RUN_DEFAULTS)
-        last = utils.load_checkpoint(last_path, keys, "there is no run to resume, leave --resume_training out")
+    last = utils.load_last(last_path, args.resume_training, RUN_DEFAULTS)
+    if last:
         utils.refuse_other_data(last["data"], data, last_path)
     flags = utils.settle_flags(vars(args), last, RUN_DEFAULTS, free=("batch_size", "lr"))
 

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import csv
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -82,15 +81,16 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
 def parse_flags(
     parser: argparse.ArgumentParser, argv: list[str] | None, positive: Iterable[str] = ()
 ) -> argparse.Namespace:
-    """Parse the command line; a number out of its range, such as one of `positive` below 1, is refused by name."""
+    """Parse the command line; a number out of its range, such as one of `positive` at 0, is refused by name."""
     args = parser.parse_args(argv)
-    least = dict.fromkeys(("batch_size", "epochs", *positive), 1) | dict.fromkeys(("num_workers", "seed"), 0)
-    for name, bound in least.items():
+    for name in ("batch_size", "epochs", "lr", *positive):
         value = vars(args)[name]
-        if value is not None and not bound <= value < 2**32:
-            parser.error(f"argument --{name}: {value} is not at least {bound}, or far too large")
-    if args.lr is not None and not 0 < args.lr < math.inf:
-        parser.error(f"argument --lr: {args.lr} is not above 0")
+        if value is not None and not 0 < value < 2**32:
+            parser.error(f"argument --{name}: {value} is not above 0, or far too large")
+    for name in ("num_workers", "seed"):
+        value = vars(args)[name]
+        if value is not None and not 0 <= value < 2**32:
+            parser.error(f"argument --{name}: {value} is below 0, or far too large")
     if not 0 < args.valid_size < 1:
         parser.error(f"argument --valid_size: {args.valid_size} is not between 0 and 1")
     return args
@@ -280,6 +280,13 @@ def load_checkpoint(path: Path, required: Iterable[str], hint: str) -> dict[str,
     if missing:
         raise UserError(f"{path} is not a checkpoint of the expected kind: it has no entry {', '.join(missing)}")
     return content
+
+
+def load_last(path: Path, resume: bool, settings: Iterable[str]) -> dict[str, Any] | None:
+    """The checkpoint of the last epoch, with these settings in it, or None if a run is not to be resumed."""
+    required = ("model_dict", "optimizer", "epoch", "best_accuracy", "data", *settings)
+    hint = "there is no run to resume, leave --resume_training out"
+    return load_checkpoint(path, required, hint) if resume else None
 
 
 def load_state(load: Callable[[dict[str, Any]], Any], state: dict[str, Any], path: Path | str) -> None:
