@@ -4,6 +4,7 @@ Layout: DATA_DIR/Images/<breed folder>/<file> and DATA_DIR/lists/{train,test}_li
 column `file_list` of names below Images and the column `labels` counted from 1).
 """
 
+import csv
 import random
 import re
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 SPLIT_SEED = 0  # the same for all runs: a backbone must not have been trained on what main.py validates on
+
+BOX_EDGES = ("left", "top", "right", "bottom")
 
 
 class DataError(Exception):
@@ -71,6 +74,25 @@ def read_list(data_dir: str | Path, split: str) -> PictureList:
         raise DataError(f"{len(missing)} of the {len(files)} pictures in {path} are missing: {first}")
     class_names = [re.sub(r"^n\d+-", "", folders[label]).replace("_", " ") for label in range(len(folders))]
     return PictureList(files, labels, class_names)
+
+
+def read_dog_boxes(data_dir: str | Path, pictures: PictureList) -> Tensor | None:
+    """Where the toy dogs are: [N, 4], left, top, right, bottom in fractions of the side, in the order of the list.
+
+    Toy pictures are square, so that these are fractions of the canvas too. None where there is no such table, as in
+    Stanford Dogs. Raises DataError for a table that does not fit the list.
+    """
+    path = Path(data_dir) / "lists" / "dogs.csv"
+    if not path.is_file():
+        return None
+    try:
+        with open(path, newline="") as file:
+            table = {row["file"]: [float(row[edge]) for edge in BOX_EDGES] for row in csv.DictReader(file)}
+        return torch.tensor([table["/".join(file.parts[-2:])] for file in pictures.files])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"table {path} does not fit the lists beside it: make it again with data/toy_dogs.py"
+        ) from error
 
 
 def split_list(pictures: PictureList, valid_size: float, seed: int = SPLIT_SEED) -> tuple[PictureList, PictureList]:

@@ -1,14 +1,14 @@
 """Train the recurrent attention model on a pre-trained backbone, test it, draw where it looks, name a picture's breed.
 
-Training reads pt_glimpse_model.tar of pretrain.py under --save_dir and writes saved_model.tar (best classifier),
-last.tar (to resume from) and log.csv beside it. The other tasks need saved_model.tar alone.
+Training reads pt_glimpse_model.tar of pretrain.py, and writes saved_model.tar (best classifier), last.tar (to resume
+from) and log.csv under --save_dir. The other tasks need saved_model.tar alone.
 """
 
 import argparse
 import random
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from dataset import (
     describe_data,
     make_loader,
     make_training_loaders,
+    read_dog_boxes,
     read_list,
     read_picture,
     split_list,
@@ -42,6 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     utils.add_shared_flags(parser)
     add = parser.add_argument
     add("--task", choices=tuple(TASKS), default="train", help="what to do (%(default)s)")
+    add("--backbone", type=Path, metavar="FILE", help="pretrain.py's (pt_glimpse_model.tar under --save_dir)")
     add("--k", type=int, help="patches per glimpse (2)")
     add("--start_size", type=int, help="quarters of the side that the finest patch covers: 1, 2 or 4 (2)")
     add("--n_glimpses", type=int, help="glimpses per picture (1)")
@@ -108,38 +110,52 @@ def evaluation_noise(policy: str, n_pictures: int, n_samples: int, n_glimpses: i
     return torch.cat([deterministic, samples], dim=1) if policy == "learned" else deterministic
 
 
+class Answers(NamedTuple):
+    """What the classifier says of N pictures on M trajectories each, and what they are."""
+
+    probabilities: Tensor  # [N, M, C]
+    location: Tensor  # [N, M, T, 2]
+    labels: Tensor  # [N]
+
+
 @torch.no_grad()
 def evaluate(
     net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, machine: utils.Machine, title: str
-) -> tuple[Tensor, Tensor]:
-    """Probabilities [N, M, C] on each trajectory and labels [N], in the order of the list, each picture once."""
+) -> Answers:
+    """What the classifier says of each picture of a list, in its order, each picture once."""
     net = utils.for_evaluation(net)
-    probabilities, truth, meter = [], [], utils.Meter()
+    batches, meter = [], utils.Meter()
     with utils.progress(title, loader, machine) as bar:
         for (canvas, labels), eps in zip(loader, noise[machine.rank :: machine.world_size].split(loader.batch_size)):
             rollout = net(canvas.to(machine.device, non_blocking=True), eps.to(machine.device), policy)
-            probabilities.append(rollout.logits.softmax(-1).cpu())  # [B, M, C]
-            truth.append(labels)
-            mean = probabilities[-1].mean(1)  # [B, C]
+            batches.append(Answers(rollout.logits.softmax(-1).cpu(), rollout.location.cpu(), labels))
+            mean = batches[-1].probabilities.mean(1)  # [B, C]
             accuracy = (mean.argmax(-1) == labels).float().mean()
             meter.update(len(labels), loss=F.nll_loss(mean.log(), labels), accuracy=accuracy)
             if bar.update(len(labels) * machine.world_size):
                 bar.set_postfix_str(str(meter), refresh=False)
-    return utils.gather(torch.cat(probabilities), machine), utils.gather(torch.cat(truth), machine)
+    return Answers(*(utils.gather(torch.cat(parts), machine) for parts in zip(*batches)))
 
 
-def by_kind(probabilities: Tensor, policy: str) -> dict[str, Tensor]:
-    """Sort the trajectories [..., M, C] of `evaluation_noise` into [..., m, C] by kind, the best estimate last.
+def by_kind(values: Tensor, policy: str) -> dict[str, Tensor]:
+    """Sort what the trajectories of `evaluation_noise` gave, [..., M, n], into [..., m, n], the best estimate last.
 
     "deterministic": the one along the mean of the gaze; "one trajectory": each sampled one; "mean of n": their mean.
     """
     kinds = {}
     if policy != "random":
-        kinds["deterministic"], probabilities = probabilities[..., :1, :], probabilities[..., 1:, :]
-    if probabilities.shape[-2]:
-        kinds["one trajectory"] = probabilities
-        kinds[f"mean of {probabilities.shape[-2]}"] = probabilities.mean(-2, keepdim=True)
+        kinds["deterministic"], values = values[..., :1, :], values[..., 1:, :]
+    if values.shape[-2]:
+        kinds["one trajectory"] = values
+        kinds[f"mean of {values.shape[-2]}"] = values.mean(-2, keepdim=True)
     return kinds
+
+
+def on_dog(location: Tensor, boxes: Tensor) -> Tensor:
+    """1 where a glimpse's centre lies in the dog's box, else 0: [N, M, T, 2] and [N, 4] -> [N, M, T]."""
+    place = (location + 1) / 2  # as boxes, in fractions of the side
+    boxes = boxes[:, None, None]
+    return ((place >= boxes[..., :2]) & (place <= boxes[..., 2:])).all(-1).double()
 
 
 def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
@@ -197,8 +213,10 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
         patch_scales(flags["k"], flags["start_size"])
     except ValueError as error:
         raise utils.UserError(f"--k and --start_size: {error}") from None
-    source_path = last_path if last else args.save_dir / "pt_glimpse_model.tar"
-    source = last or utils.load_checkpoint(source_path, ["model_dict"], "make one with `python pretrain.py`")
+    source_path = last_path if last else args.backbone or args.save_dir / "pt_glimpse_model.tar"
+    source = last or utils.load_checkpoint(
+        source_path, ["model_dict"], "make it with `python pretrain.py`, or see --backbone"
+    )
     # A backbone may come from other data, but must not have been trained on what is validated on here.
     if last or source.get("data", {}).get("class_names") == data["class_names"]:
         utils.refuse_other_data(source["data"], data, source_path)
@@ -230,13 +248,20 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
 
     policy, n_glimpses, seed = flags["policy"], flags["n_glimpses"], flags["seed"]
     valid_noise = evaluation_noise(policy, data["validation pictures"], int(policy == "random"), n_glimpses, seed)
+    if args.epochs == 0 and last is None:  # what the untrained network does, to compare with
+        if machine.rank == 0:
+            untrained = {**settings, "model_dict": utils.cpu_state(model), "epoch": -1, "data": data}
+            utils.save_checkpoint(best_path, untrained)
+        machine.say(f"untrained classifier in {best_path}")
+        return
     for epoch in range(first_epoch, args.epochs):
         start = time.perf_counter()
         title = f"epoch {epoch + 1}/{args.epochs}"
         train_loader.sampler.epoch = epoch
         noise = training_noise(data["training pictures"], n_glimpses, seed, epoch, machine)
         means = train_one_epoch(net, train_loader, noise, policy, optimizer, machine, title)
-        valid = scores(*evaluate(net, valid_loader, valid_noise, policy, machine, "validation"))
+        answers = evaluate(net, valid_loader, valid_noise, policy, machine, "validation")
+        valid = scores(answers.probabilities, answers.labels)
         is_best = valid["accuracy"] > best_accuracy
         best_accuracy = max(valid["accuracy"], best_accuracy)
         if machine.rank == 0:  # what to resume from comes last: whoever is stopped in between repeats the epoch
@@ -256,8 +281,9 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
 
 
 def test(args: argparse.Namespace, machine: utils.Machine) -> None:
-    """Score the best classifier on the test list."""
+    """Score the best classifier on the test list, and its gaze where it is known where the dogs are."""
     pictures = read_list(args.data_dir, "test")
+    boxes = read_dog_boxes(args.data_dir, pictures)
     model, flags, _ = load_classifier(args, machine, pictures)
     n_pictures, policy = len(pictures.files), flags["policy"]
     loading = machine.loading(flags["batch_size"], args.num_workers)
@@ -265,11 +291,14 @@ def test(args: argparse.Namespace, machine: utils.Machine) -> None:
     side = canvas_size(model.glimpse.patch_size, model.glimpse.scales[0])
     loader = make_loader(pictures, order, canvas_size=side, **loading)
     noise = evaluation_noise(policy, n_pictures, args.n_trajectories, model.n_glimpses, flags["seed"])
-    probabilities, labels = evaluate(utils.wrap(model, machine), loader, noise, policy, machine, "test")
+    answers = evaluate(utils.wrap(model, machine), loader, noise, policy, machine, "test")
     machine.say(f"{n_pictures:,} test pictures of {args.data_dir}, classifier of epoch {flags['epoch'] + 1}")
-    for kind, values in by_kind(probabilities, policy).items():
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in scores(values, labels).items())
-        machine.say(f"policy {policy:8}{kind:15} {figures}")
+    for kind, values in by_kind(answers.probabilities, policy).items():
+        figures = scores(values, answers.labels)
+        if boxes is not None:
+            hits = by_kind(on_dog(answers.location, boxes), policy)[kind].mean((0, 1))  # [T]
+            figures |= {f"glimpse {t} on dog": value for t, value in enumerate(hits.tolist(), start=1)}
+        machine.say(f"policy {policy:8}{kind:15} " + "  ".join(f"{name} {x:.4f}" for name, x in figures.items()))
 
 
 @torch.no_grad()

@@ -1,11 +1,14 @@
 """Fine-tune the backbone on concentric patches at three resolutions, to be the glimpse network of main.py.
 
-Writes under --save_dir: pt_glimpse_model.tar (best backbone), pt_last.tar (to resume from), pt_log.csv.
+Training writes under --save_dir: pt_glimpse_model.tar (best backbone), pt_last.tar (to resume from), pt_log.csv.
+The other tasks give the figures that attention has to beat: what the four heads of that backbone score on the test
+list, and what a linear classifier makes of the features before any fine-tuning.
 """
 
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import utils
-from dataset import DataError, describe_data, make_training_loaders, read_list, split_list
-from glimpse import STARTS, canvas_size
-from model import ARCHITECTURES, HEADS, PretrainNetwork, build_backbone, load_resnet_weights
+from dataset import DataError, PictureList, describe_data, make_loader, make_training_loaders, read_list, split_list
+from glimpse import FULL_SCALE, STARTS, build_pyramid, canvas_size
+from model import ARCHITECTURES, HEADS, GlimpseNetwork, PretrainNetwork, build_backbone, load_resnet_weights
 
 RUN_DEFAULTS = {"arch": "resnet50", "patch_size": 96, **utils.TRAIN_DEFAULTS}
+PROBE_WEIGHT_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def patch_side(text: str) -> int:
@@ -33,6 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     utils.add_shared_flags(parser)
     add = parser.add_argument
+    add("--task", choices=tuple(TASKS), default="train", help="train, test its heads, or probe --weights (%(default)s)")
     add("--arch", choices=ARCHITECTURES, help="backbone (resnet50)")
     add("--patch_size", type=patch_side, metavar="P", help="side of a patch in pixels, a multiple of 32 (96)")
     add(
@@ -40,7 +45,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="imagenet",
         help="imagenet (a download), none, or a torchvision ResNet's file (%(default)s)",
     )
-    return utils.parse_flags(parser, argv)
+    args = utils.parse_flags(parser, argv, positive=["epochs"])
+    if args.task != "train" and args.resume_training:
+        parser.error(f"--resume_training does not go with --task={args.task}")
+    return args
 
 
 def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> None:
@@ -110,10 +118,8 @@ def evaluate(net: nn.Module, loader: DataLoader, machine: utils.Machine, title: 
     return {name: value.item() for name, value in means.items()}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, prepare, resume, train, and keep the best backbone."""
-    args = parse_args(argv)
-    machine = utils.set_up_machine(args.device, args.gpus, args.precision)
+def train(args: argparse.Namespace, machine: utils.Machine) -> None:
+    """Prepare, resume, train, and keep the best backbone."""
     train_list, valid_list = split_list(read_list(args.data_dir, "train"), args.valid_size)
     data = describe_data(train_list, valid_list)
     last_path, best_path = args.save_dir / "pt_last.tar", args.save_dir / "pt_glimpse_model.tar"
@@ -155,24 +161,129 @@ def main(argv: list[str] | None = None) -> None:
         start = time.perf_counter()
         title = f"epoch {epoch + 1}/{args.epochs}"
         train_loader.sampler.epoch = epoch
-        train = train_one_epoch(net, train_loader, optimizer, machine, title)
+        means = train_one_epoch(net, train_loader, optimizer, machine, title)
         valid = evaluate(net, valid_loader, machine, "validation")
         is_best = valid["acc_123"] > best_accuracy
         best_accuracy = max(valid["acc_123"], best_accuracy)
         if machine.rank == 0:  # what to resume from comes last: whoever is stopped in between repeats the epoch
             shared = {**flags, "epoch": epoch, "data": data}
             if is_best:
-                best = {"model_dict": utils.cpu_state(backbone), "accuracy": best_accuracy}
-                utils.save_checkpoint(best_path, {**best, **shared})
-            utils.log_metrics(log_path, epoch, train=train, valid=valid)
+                best = {"model_dict": utils.cpu_state(backbone), "heads": utils.cpu_state(model.heads)}
+                utils.save_checkpoint(best_path, {**best, "accuracy": best_accuracy, **shared})
+            utils.log_metrics(log_path, epoch, train=means, valid=valid)
             state = {"model_dict": utils.cpu_state(model), "optimizer": optimizer.state_dict()}
             utils.save_checkpoint(last_path, {**state, "best_accuracy": best_accuracy, **shared})
         heads = ", ".join(f"{name} {valid['acc_' + name]:.3f}" for name in HEADS)
         machine.say(
-            f"{title}: train loss {train['loss']:.3f}, accuracy {train['acc_123']:.3f}; "
+            f"{title}: train loss {means['loss']:.3f}, accuracy {means['acc_123']:.3f}; "
             f"validation accuracy {heads}{' (best)' if is_best else ''}; {time.perf_counter() - start:.0f} s"
         )
     machine.say(f"best validation accuracy {best_accuracy:.4f}, backbone in {best_path}; next: python main.py")
+
+
+def test(args: argparse.Namespace, machine: utils.Machine) -> None:
+    """Score the four heads of the best backbone on the test list."""
+    pictures = read_list(args.data_dir, "test")
+    path = args.save_dir / "pt_glimpse_model.tar"
+    required = ("model_dict", "heads", "epoch", "data", *RUN_DEFAULTS)
+    checkpoint = utils.load_checkpoint(path, required, "make one with `python pretrain.py`, or give its --save_dir")
+    flags = utils.settle_flags(vars(args), checkpoint, RUN_DEFAULTS, free=utils.TRAIN_DEFAULTS)
+    if pictures.class_names != checkpoint["data"]["class_names"]:
+        raise utils.UserError(f"{args.data_dir} has other classes than those that {path} was trained on")
+    n_classes, side = len(pictures.class_names), canvas_size(flags["patch_size"], STARTS[0])
+    try:
+        backbone = build_backbone(flags["arch"])
+    except ValueError as error:
+        raise utils.UserError(f"{path} describes no network that can be built: {error}") from error
+    model = PretrainNetwork(backbone=backbone, n_classes=n_classes, patch_size=flags["patch_size"])
+    utils.load_state(model.backbone.load_state_dict, checkpoint["model_dict"], path)
+    utils.load_state(model.heads.load_state_dict, checkpoint["heads"], path)
+    model.to(machine.device, memory_format=torch.channels_last)
+    order = range(machine.rank, len(pictures.files), machine.world_size)
+    loading = machine.loading(flags["batch_size"], args.num_workers)
+    loader = make_loader(pictures, order, canvas_size=side, **loading)
+    means = evaluate(utils.wrap(model, machine), loader, machine, "test")
+    machine.say(
+        f"{len(pictures.files):,} test pictures of {args.data_dir}, backbone of epoch {checkpoint['epoch'] + 1}"
+    )
+    for name in HEADS:
+        machine.say(f"head {name:4} accuracy {means['acc_' + name]:.4f}")
+
+
+@torch.no_grad()
+def whole_picture_features(
+    backbone: nn.Sequential, patch_size: int, pictures: PictureList, machine: utils.Machine, **loading: Any
+) -> tuple[Tensor, Tensor]:
+    """Features [N, D] of whole pictures of side P from the frozen backbone, and labels [N], in the list's order."""
+    net = utils.MixedPrecision(GlimpseNetwork(backbone=backbone, patch_size=patch_size, scales=(FULL_SCALE,)), machine)
+    loader = make_loader(pictures, range(len(pictures.files)), canvas_size=patch_size, **loading)
+    features, truth = [], []
+    with utils.progress("features", loader, machine) as bar:
+        for canvas, labels in loader:
+            pyramid = build_pyramid(canvas.to(machine.device, non_blocking=True), (FULL_SCALE,), patch_size)
+            center = torch.zeros(len(labels), 1, 2, device=machine.device)
+            features.append(net(pyramid, center).squeeze(1).cpu())  # [B, D]
+            truth.append(labels)
+            bar.update(len(labels))
+    return torch.cat(features), torch.cat(truth)
+
+
+def fit_probe(features: Tensor, labels: Tensor, n_classes: int, weight_decay: float) -> nn.Linear:
+    """Multinomial logistic regression of labels [N] on features [N, D], its optimum up to the solver's tolerance."""
+    probe = nn.Linear(features.shape[1], n_classes)
+    nn.init.zeros_(probe.weight)
+    nn.init.zeros_(probe.bias)
+    solver = torch.optim.LBFGS(probe.parameters(), max_iter=500, line_search_fn="strong_wolfe")
+
+    def objective() -> Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(probe(features), labels) + weight_decay / 2 * probe.weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(objective)
+    return probe
+
+
+def probe(args: argparse.Namespace, machine: utils.Machine) -> None:
+    """Train a linear classifier on frozen features of whole pictures, before any fine-tuning, and test it.
+
+    The weight decay is the one of `PROBE_WEIGHT_DECAYS` that is best on validation.
+    """
+
+    def accuracy(fitted: nn.Linear, features: Tensor, labels: Tensor) -> float:
+        return (fitted(features).argmax(-1) == labels).double().mean().item()
+
+    if machine.world_size > 1:
+        raise utils.UserError("--task=probe runs in one process: start it without torchrun")
+    flags = utils.settle_flags(vars(args), None, RUN_DEFAULTS)
+    torch.manual_seed(flags["seed"])
+    backbone = build_backbone(flags["arch"])
+    load_initial_weights(backbone, args.weights, flags["arch"])
+    backbone.to(machine.device, memory_format=torch.channels_last)
+    lists = (*split_list(read_list(args.data_dir, "train"), args.valid_size), read_list(args.data_dir, "test"))
+    n_classes, loading = len(lists[0].class_names), machine.loading(flags["batch_size"], args.num_workers)
+    parts = [whole_picture_features(backbone, flags["patch_size"], some, machine, **loading) for some in lists]
+    mean, std = parts[0][0].mean(0), parts[0][0].std(0).clamp_min(1e-6)
+    (train_x, train_y), *others = [((features - mean) / std, labels) for features, labels in parts]
+    probes = [fit_probe(train_x, train_y, n_classes, weight_decay) for weight_decay in PROBE_WEIGHT_DECAYS]
+    valid = [accuracy(fitted, *others[0]) for fitted in probes]
+    best = valid.index(max(valid))
+    machine.say(
+        f"linear probe of {args.weights} features of whole pictures at {flags['patch_size']} pixels, "
+        f"{len(lists[2].files):,} test pictures of {args.data_dir}"
+    )
+    machine.say(f"weight decay {PROBE_WEIGHT_DECAYS[best]:g}, chosen on validation: accuracy {valid[best]:.4f}")
+    machine.say(f"test accuracy {accuracy(probes[best], *others[1]):.4f}")
+
+
+TASKS = {"train": train, "test": test, "probe": probe}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, find the device, do the task."""
+    args = parse_args(argv)
+    TASKS[args.task](args, utils.set_up_machine(args.device, args.gpus, args.precision))
 
 
 if __name__ == "__main__":

@@ -83,11 +83,11 @@ def parse_flags(
 ) -> argparse.Namespace:
     """Parse the command line; a number out of its range, such as one of `positive` at 0, is refused by name."""
     args = parser.parse_args(argv)
-    for name in ("batch_size", "epochs", "lr", *positive):
+    for name in ("batch_size", "lr", *positive):
         value = vars(args)[name]
         if value is not None and not 0 < value < 2**32:
             parser.error(f"argument --{name}: {value} is not above 0, or far too large")
-    for name in ("num_workers", "seed"):
+    for name in ("epochs", "num_workers", "seed"):
         value = vars(args)[name]
         if value is not None and not 0 <= value < 2**32:
             parser.error(f"argument --{name}: {value} is below 0, or far too large")

@@ -163,6 +163,72 @@ def test_both_scripts_learn_what_can_be_learned(make_data, save_dir: Path) -> No
     assert read(save_dir / "saved_model.tar")["accuracy"] > 0.9
 
 
+def test_heads_are_tested_as_they_were_saved(
+    pretrain_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pretrain.main([*pretrain_args, "--epochs", "1", "--lr", "0.01"])
+    capsys.readouterr()
+    pretrain.main([*pretrain_args[:-2], "--task=test"])
+    printed = capsys.readouterr().out.splitlines()
+    path = tmp_path / "out" / "pt_glimpse_model.tar"
+    checkpoint, pictures = read(path), dataset.read_list(pretrain_args[1], "test")
+    net = PretrainNetwork(backbone=build_backbone("resnet18"), n_classes=3, patch_size=32)
+    net.backbone.load_state_dict(checkpoint["model_dict"])
+    net.heads.load_state_dict(checkpoint["heads"])
+    canvases = torch.stack([dataset.crop_to_canvas(dataset.read_picture(file), 128) for file in pictures.files])
+    right = (net.eval()(canvases).argmax(-1) == torch.tensor(pictures.labels).unsqueeze(1)).float().mean(0)
+    assert printed == [
+        f"9 test pictures of {pretrain_args[1]}, backbone of epoch 1",
+        *(f"head {name:4} accuracy {value:.4f}" for name, value in zip(("12", "13", "23", "123"), right.tolist())),
+    ]
+    assert "--resume_training" in refuses(pretrain.main, ["--task=test", "--resume_training"], capsys)
+    assert "--arch" in fails(pretrain.main, [*pretrain_args, "--task=test", "--arch", "resnet34"])
+    torch.save({**checkpoint, "arch": "resnet1"}, path)
+    assert "describes no network" in fails(pretrain.main, [*pretrain_args[:-6], "--task=test"])
+    torch.save({key: value for key, value in checkpoint.items() if key != "heads"}, path)  # one of 2018 has no heads
+    assert "no entry heads" in fails(pretrain.main, [*pretrain_args, "--task=test"])
+    torch.save({**checkpoint, "data": {"class_names": ["cat"]}}, path)
+    assert "other classes" in fails(pretrain.main, [*pretrain_args, "--task=test"])
+
+
+def test_probe_is_the_optimum_and_reads_what_is_there(make_data, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(40, 5, generator=generator), torch.randint(3, (40,), generator=generator)
+    probe = pretrain.fit_probe(features, labels, 3, weight_decay=0.1)
+    # Where the gradient vanishes: the sum over samples of (p - y) x / N balances the pull to zero of the weights.
+    excess = (probe(features).softmax(-1) - torch.eye(3)[labels]) / 40
+    assert torch.allclose(excess.T @ features + 0.1 * probe.weight, torch.zeros(3, 5), atol=1e-4)
+    assert torch.allclose(excess.sum(0), torch.zeros(3), atol=1e-4)
+
+    data_dir = make_data(n_train=12, n_test=8)
+    for folder, color in zip(sorted((data_dir / "Images").iterdir()), ("red", "green", "blue")):
+        for file in folder.iterdir():
+            Image.new("RGB", (64, 64), color).save(file)
+    net = ["--arch", "resnet18", "--patch_size", "32", "--weights", "none"]
+    pretrain.main(["--data_dir", str(data_dir), "--save_dir", str(tmp_path / "out"), *SMALL, *net, "--task=probe"])
+    assert capsys.readouterr().out.splitlines()[-1] == "test accuracy 1.0000"
+    assert not (tmp_path / "out").exists()
+
+
+def test_untrained_classifier_and_backbone_of_another_folder(
+    main_args: list[str], save_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (save_dir / "pt_glimpse_model.tar").rename(tmp_path / "backbone.tar")
+    assert "--backbone" in fails(main.main, [*main_args, *MODEL])
+    given = [*main_args, *MODEL, "--backbone", str(tmp_path / "backbone.tar")]
+    main.main([*given, "--epochs", "0"])
+    untrained = read(save_dir / "saved_model.tar")
+    assert untrained["epoch"] == -1 and not (save_dir / "last.tar").exists()
+    capsys.readouterr()
+    main.main([*main_args, "--task=test"])
+    assert "classifier of epoch 0" in capsys.readouterr().out
+    main.main([*given, "--epochs", "1"])
+    trained = read(save_dir / "saved_model.tar")
+    assert (trained["model_dict"]["locate.first.weight"] != untrained["model_dict"]["locate.first.weight"]).any()
+    main.main([*main_args, "--resume_training", "--epochs", "0"])  # there is nothing left to do, nor to overwrite
+    assert same(read(save_dir / "saved_model.tar"), trained)
+
+
 @pytest.mark.parametrize("batch_size", ["1", "5"])
 def test_batches_of_one_and_ragged_batches(main_args: list[str], save_dir: Path, batch_size: str) -> None:
     """A bare squeeze crashed the 2018 code on a batch of one picture; 12 training pictures leave 2 after two fives."""
@@ -552,6 +618,32 @@ def test_kinds_of_trajectories() -> None:
         2,
         2,
     )
+
+
+def test_glimpses_on_the_dog_by_hand() -> None:
+    boxes = torch.tensor([[0.5, 0.0, 1.0, 0.25], [0.0, 0.0, 0.5, 0.5]])  # left, top, right, bottom
+    location = torch.tensor([[0.5, -0.9], [-0.5, -0.9], [0.5, 0.9], [-1.0, -0.1]])  # x to the right, y down
+    hits = main.on_dog(location.expand(2, 1, 4, 2), boxes)
+    assert hits.tolist() == [[[1, 0, 0, 0]], [[0, 1, 0, 1]]]
+
+
+def test_test_reports_the_gaze_where_boxes_are_known(
+    main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    main.main([*main_args, *MODEL, "--epochs", "1"])
+    pictures, table = dataset.read_list(main_args[1], "test"), Path(main_args[1]) / "lists" / "dogs.csv"
+    names = ["/".join(file.parts[-2:]) for file in pictures.files]
+    rows = [f"{name},{0.45 if i % 3 else 0.6},0.4,1,0.6\n" for i, name in enumerate(names)]  # 6 of 9 at the centre
+    table.write_text("file,left,top,right,bottom\n" + "".join(reversed(rows)))
+    capsys.readouterr()
+    main.main([*main_args, "--task=test", "--policy=center"])
+    assert capsys.readouterr().out.endswith("  glimpse 1 on dog 0.6667  glimpse 2 on dog 0.6667\n")
+    main.main([*main_args, "--task=test", "--n_trajectories=2"])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 3 and all("glimpse 2 on dog" in line for line in lines)
+    for broken in ("".join(rows), "file,left,top,right,bottom\n" + "".join(rows[1:])):
+        table.write_text(broken)
+        assert f"{table} does not fit" in fails(main.main, [*main_args, "--task=test"])
 
 
 def test_scores_by_hand() -> None:
