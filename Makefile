@@ -9,7 +9,7 @@ TEST    = $(RUN) main.py $(SHARED) --task=test
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
-.PHONY: demo test clean
+.PHONY: demo toy_table test clean
 
 # Everything that the repository does, on a small synthetic set, in minutes on a CPU.
 demo: $(VENV)/.installed $(TOY)/lists/test_list.mat
@@ -21,6 +21,10 @@ demo: $(VENV)/.installed $(TOY)/lists/test_list.mat
 	$(TEST) --policy=random | tee $(OUT)/test_random.txt
 	@echo; echo "Where to look, learned or not:"; grep -h ^policy $(OUT)/test_{learned,center,random}.txt
 	@echo "Where the model looks is drawn in imgs/toy/glimpse_<i>.jpg."
+
+# The README's table of the toy set: every policy trained and tested, three seeds.
+toy_table: $(VENV)/.installed $(TOY)/lists/test_list.mat
+	$(RUN) tests/toy_table.py --data_dir $(TOY) --out $(TOY)/table
 
 test: $(VENV)/.tools-installed
 	$(VENV)/bin/ruff check .

@@ -5,6 +5,7 @@ from) and log.csv under --save_dir. The other tasks need saved_model.tar alone.
 """
 
 import argparse
+import math
 import random
 import time
 from pathlib import Path
@@ -31,10 +32,19 @@ from dataset import (
     split_list,
 )
 from glimpse import canvas_size, draw_panel, patch_scales
-from model import POLICIES, RecurrentAttention, Rollout, attention_loss, build_backbone
+from model import POLICIES, SUPERVISIONS, RecurrentAttention, Rollout, attention_loss, build_backbone
 
 MODEL_DEFAULTS = {"k": 2, "start_size": 2, "n_glimpses": 1, "rnn_hidden": 2048, "std_dev": 0.2}
-RUN_DEFAULTS = {**MODEL_DEFAULTS, "policy": "learned", **utils.TRAIN_DEFAULTS}
+LR_SCHEDULES = ("constant", "cosine")
+RUN_DEFAULTS = {
+    **MODEL_DEFAULTS,
+    **utils.TRAIN_DEFAULTS,
+    "policy": "learned",
+    "supervision": "each",
+    "attention_lr": 1e-4,
+    "lr_schedule": "cosine",
+}
+MAY_CHANGE = ("batch_size", "lr", "attention_lr", "lr_schedule")  # on resuming
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,16 +60,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rnn_hidden", type=int, help="hidden units of the LSTM (2048)")
     add("--std_dev", type=float, help="deviation of the gaze around its mean (0.2)")
     add("--policy", choices=POLICIES, help="where to look (learned, or as trained); the other two are ablations")
+    add("--supervision", choices=SUPERVISIONS, help="glimpses to classify and reward after: each, or the last (each)")
+    add("--attention_lr", type=float, help="learning rate of the attention after the first glimpse (1e-4)")
+    add("--lr_schedule", choices=LR_SCHEDULES, help="learning rates over all epochs: constant, or down a (cosine)")
     add("--n_trajectories", type=int, default=7, help="over which test and predict average (%(default)s)")
     add("--n_samples", type=int, default=20, help="pictures that view_glimpses draws (%(default)s)")
     add("--imgs_dir", type=Path, default=Path("imgs"), help="folder for the pictures drawn (%(default)s)")
     add("--images", type=Path, nargs="+", metavar="FILE", help="pictures to predict")
-    args = utils.parse_flags(parser, argv, positive=(*MODEL_DEFAULTS, "n_trajectories", "n_samples"))
+    args = utils.parse_flags(parser, argv, positive=(*MODEL_DEFAULTS, "attention_lr", "n_trajectories", "n_samples"))
     if (args.task == "predict") != bool(args.images):
         parser.error("--task=predict needs --images FILE..., and no other task takes it")
     if args.task != "train" and args.resume_training:
         parser.error(f"--resume_training does not go with --task={args.task}")
     return args
+
+
+def learning_rate(lr: float, schedule: str, epoch: int, epochs: int) -> float:
+    """Of an epoch (from 0): always lr, or from lr down to nearly 0 along half a cosine."""
+    return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2 if schedule == "cosine" else lr
 
 
 def training_noise(n_pictures: int, n_glimpses: int, seed: int, epoch: int, machine: utils.Machine) -> Tensor:
@@ -74,6 +92,7 @@ def train_one_epoch(
     loader: DataLoader,
     noise: Tensor,
     policy: str,
+    supervision: str,
     optimizer: torch.optim.Optimizer,
     machine: utils.Machine,
     title: str,
@@ -86,12 +105,12 @@ def train_one_epoch(
             canvas = canvas.to(machine.device, non_blocking=True)  # [B, 3, S, S]
             labels = labels.to(machine.device, non_blocking=True)  # [B]
             rollout = net(canvas, eps.to(machine.device, non_blocking=True), policy)
-            terms = attention_loss(rollout, labels)
+            terms = attention_loss(rollout, labels, supervision)
             loss = sum(terms)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            accuracy = (rollout.logits.argmax(-1) == labels.unsqueeze(1)).float().mean()
+            accuracy = (rollout.logits[:, :, -1].argmax(-1) == labels.unsqueeze(1)).float().mean()
             meter.update(len(labels), loss=loss, accuracy=accuracy, **terms._asdict())
             if bar.update(len(labels) * machine.world_size):
                 bar.set_postfix_str(str(meter), refresh=False)
@@ -128,7 +147,7 @@ def evaluate(
     with utils.progress(title, loader, machine) as bar:
         for (canvas, labels), eps in zip(loader, noise[machine.rank :: machine.world_size].split(loader.batch_size)):
             rollout = net(canvas.to(machine.device, non_blocking=True), eps.to(machine.device), policy)
-            batches.append(Answers(rollout.logits.softmax(-1).cpu(), rollout.location.cpu(), labels))
+            batches.append(Answers(rollout.logits[:, :, -1].softmax(-1).cpu(), rollout.location.cpu(), labels))
             mean = batches[-1].probabilities.mean(1)  # [B, C]
             accuracy = (mean.argmax(-1) == labels).float().mean()
             meter.update(len(labels), loss=F.nll_loss(mean.log(), labels), accuracy=accuracy)
@@ -190,7 +209,7 @@ def load_classifier(
     path = args.save_dir / "saved_model.tar"
     required = ("model_dict", "arch", "patch_size", "epoch", "data", *RUN_DEFAULTS)
     checkpoint = utils.load_checkpoint(path, required, "train one with `python main.py`, or give its --save_dir")
-    flags = utils.settle_flags(vars(args), checkpoint, RUN_DEFAULTS, free=("policy", *utils.TRAIN_DEFAULTS))
+    flags = utils.settle_flags(vars(args), checkpoint, RUN_DEFAULTS, free=("policy", "seed", *MAY_CHANGE))
     class_names = checkpoint["data"]["class_names"]
     if pictures is not None and pictures.class_names != class_names:
         raise utils.UserError(f"{args.data_dir} has other classes than those that {path} was trained on")
@@ -208,7 +227,7 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     log_path = args.save_dir / "log.csv"
     utils.read_log(log_path)  # whatever is wrong with it is better known now than after an epoch
     last = utils.load_last(last_path, args.resume_training, ("arch", "patch_size", *RUN_DEFAULTS))
-    flags = utils.settle_flags(vars(args), last, RUN_DEFAULTS, free=("batch_size", "lr"))
+    flags = utils.settle_flags(vars(args), last, RUN_DEFAULTS, free=MAY_CHANGE)
     try:
         patch_scales(flags["k"], flags["start_size"])
     except ValueError as error:
@@ -239,9 +258,9 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     if last is None:
         utils.load_state(model.glimpse.backbone.load_state_dict, source["model_dict"], source_path)
     model.to(machine.device, memory_format=torch.channels_last)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=flags["lr"], betas=(0.5, 0.999))
-    first_epoch, best_accuracy = utils.restore(last, last_path, model, optimizer, flags["lr"])
+    groups = [{"params": parameters} for parameters in model.parameter_groups()]
+    optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999))
+    first_epoch, best_accuracy = utils.restore(last, last_path, model, optimizer)
     net = utils.wrap(model, machine)
     utils.prepare_folder(args.save_dir)
     machine.say(utils.describe_run({**vars(args), **settings}, data, model, machine))
@@ -258,8 +277,10 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
         start = time.perf_counter()
         title = f"epoch {epoch + 1}/{args.epochs}"
         train_loader.sampler.epoch = epoch
+        for group, lr in zip(optimizer.param_groups, (flags["lr"], flags["attention_lr"])):
+            group["lr"] = learning_rate(lr, flags["lr_schedule"], epoch, args.epochs)
         noise = training_noise(data["training pictures"], n_glimpses, seed, epoch, machine)
-        means = train_one_epoch(net, train_loader, noise, policy, optimizer, machine, title)
+        means = train_one_epoch(net, train_loader, noise, policy, flags["supervision"], optimizer, machine, title)
         answers = evaluate(net, valid_loader, valid_noise, policy, machine, "validation")
         valid = scores(answers.probabilities, answers.labels)
         is_best = valid["accuracy"] > best_accuracy
@@ -330,7 +351,7 @@ def view_glimpses(args: argparse.Namespace, machine: utils.Machine) -> None:
     noise = evaluation_noise(flags["policy"], len(order), n_sampled, model.n_glimpses, flags["seed"])
     for i, index in enumerate(tqdm(order, "view_glimpses", unit=" pictures", leave=False, disable=None)):
         canvas, rollout = look_at(pictures.files[index], model, noise[i : i + 1], flags["policy"], machine)
-        probability, label = rollout.logits[0, 0].softmax(-1).max(-1)
+        probability, label = rollout.logits[0, 0, -1].softmax(-1).max(-1)
         truth = class_names[pictures.labels[index]]
         caption = f"predicted {class_names[label]} ({probability:.2f}), true {truth}"
         panel = draw_first_trajectory(canvas, rollout, model, caption)
@@ -345,7 +366,7 @@ def predict(args: argparse.Namespace, machine: utils.Machine) -> None:
     noise = evaluation_noise(flags["policy"], 1, args.n_trajectories, model.n_glimpses, flags["seed"])
     for i, file in enumerate(args.images):
         canvas, rollout = look_at(file, model, noise, flags["policy"], machine)
-        *_, probabilities = by_kind(rollout.logits.softmax(-1), flags["policy"]).values()  # [1, 1, C]
+        *_, probabilities = by_kind(rollout.logits[:, :, -1].softmax(-1), flags["policy"]).values()  # [1, 1, C]
         values, labels = probabilities.flatten().topk(min(5, len(class_names)))
         path = args.imgs_dir / f"predict_{i}_{file.stem}.jpg"
         caption = f"predicted {class_names[labels[0]]} ({values[0]:.2f})"

@@ -17,6 +17,7 @@ from glimpse import FULL_SCALE, STARTS, build_pyramid, extract_patches, normaliz
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 HEADS = ("12", "13", "23", "123")  # the resolutions that each pre-training head reads: 1 high, 2 medium, 3 low
 POLICIES = ("learned", "center", "random")
+SUPERVISIONS = ("each", "last")
 PATCHES_PER_PASS = 256  # bounds the memory that many trajectories take: 0.6 GB for a float32 stem at P = 96
 QUADRANT_CENTERS = (
     (-1.0, -1.0),
@@ -167,7 +168,7 @@ class BaselineNetwork(nn.Module):
 class Rollout(NamedTuple):
     """What happened on M trajectories over each of B pictures."""
 
-    logits: Tensor  # [B, M, C], of the breed, after the last glimpse
+    logits: Tensor  # [B, M, T, C], of the breed, after each glimpse
     location: Tensor  # [B, M, T, 2], where the glimpses were taken
     attention: Tensor  # [B, M, T, 4], over top left, top right, bottom left, bottom right; detached
     log_prob: Tensor  # [B, M, T], of the location drawn; its gradient reaches the location network alone
@@ -238,9 +239,19 @@ class RecurrentAttention(nn.Module):
             l_t, log_pi = self.gaze(a_t, noise[:, :, t], policy)  # [B, M, 2], [B, M]
             g_t = self.glimpse(pyramid, l_t)  # [B, M, k D]
             h_t, c_t = self.rnn(g_t.flatten(0, 1), (h_t, c_t))  # [B M, H]
-            steps.append((l_t, a_t.detach(), log_pi, b_t))
-        logits = self.classify(h_t).float().view(B, M, -1)
-        return Rollout(logits, *(torch.stack(values, dim=2) for values in zip(*steps)))
+            z_t = self.classify(h_t).float().view(B, M, -1)  # [B, M, C]
+            steps.append((z_t, l_t, a_t.detach(), log_pi, b_t))
+        return Rollout(*(torch.stack(values, dim=2) for values in zip(*steps)))
+
+    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """What is trained: everything but the attention after the first glimpse, and that, which needs smaller steps.
+
+        Its score sums up 1024 units of tanh, all of which a step of Adam may move the same way. Steps that suit the
+        rest saturate the softmax before there is anything to learn from, and the gaze stays in a corner for good.
+        """
+        later = [parameter for name, parameter in self.locate.named_parameters() if not name.startswith("first.")]
+        known = set(map(id, later))
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in known], later
 
     def gaze(self, attention: Tensor, noise: Tensor, policy: str) -> tuple[Tensor, Tensor]:
         """Where to look: attention [B, M, 4] and noise [B, M, 2] -> location [B, M, 2], log-probability [B, M]."""
@@ -257,21 +268,24 @@ class RecurrentAttention(nn.Module):
 class LossTerms(NamedTuple):
     """The three terms whose sum is minimized, means over pictures and trajectories."""
 
-    classification: Tensor  # trains the LSTM and the classifier
+    classification: Tensor  # trains the LSTM and the classifier; a mean over the glimpses that are classified
     baseline: Tensor  # trains the baseline; a mean over the glimpses too
     reinforce: Tensor  # trains the location network; a sum over the glimpses
 
 
-def attention_loss(rollout: Rollout, labels: Tensor) -> LossTerms:
+def attention_loss(rollout: Rollout, labels: Tensor, supervision: str) -> LossTerms:
     """Cross-entropy + squared error of the baseline + REINFORCE (Williams 1992), for labels [B].
 
-    The reward is 1 at every glimpse if the final prediction is right, else 0. The advantage, reward minus baseline,
-    is detached: it weighs the score, and no gradient flows through it.
+    supervision "last", as in 2018: the reward of every glimpse is 1 if the final prediction is right, else 0. "each":
+    every prediction is trained, and the reward of a glimpse is 1 if the prediction right after it is right; a later
+    glimpse then has a reason of its own. With one glimpse the two are the same.
+
+    The advantage, reward minus baseline, is detached: it weighs the score, and no gradient flows through it.
     """
-    n_trajectories = rollout.logits.shape[1]
-    target = labels.unsqueeze(1).expand(-1, n_trajectories)  # [B, M]
-    classification = F.cross_entropy(rollout.logits.flatten(0, 1), target.flatten())
-    reward = (rollout.logits.argmax(-1) == target).float().unsqueeze(-1).expand_as(rollout.baseline)  # [B, M, T]
+    logits = rollout.logits if supervision == "each" else rollout.logits[:, :, -1:]  # [B, M, T or 1, C]
+    target = labels.view(-1, 1, 1).expand(logits.shape[:3])
+    classification = F.cross_entropy(logits.flatten(0, 2), target.flatten())
+    reward = (logits.argmax(-1) == target).float().expand_as(rollout.baseline)  # [B, M, T]
     advantage = (reward - rollout.baseline).detach()
     reinforce = -(advantage * rollout.log_prob).sum(-1).mean()
     return LossTerms(classification, F.mse_loss(rollout.baseline, reward), reinforce)

@@ -299,15 +299,13 @@ def load_state(load: Callable[[dict[str, Any]], Any], state: dict[str, Any], pat
 
 
 def restore(
-    last: dict[str, Any] | None, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float
+    last: dict[str, Any] | None, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, float]:
     """Put the state of the last epoch back, if there is one. Returns the next epoch and the best accuracy so far."""
     if last is None:
         return 0, -1.0
     load_state(model.load_state_dict, last["model_dict"], path)
     load_state(optimizer.load_state_dict, last["optimizer"], path)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
     return last["epoch"] + 1, last["best_accuracy"]
 
 

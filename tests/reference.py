@@ -44,21 +44,27 @@ def normal_log_density(value: float, mean: float, std_dev: float) -> float:
 
 
 def loss(
-    logits: list[list[list[float]]],
+    logits: list[list[list[list[float]]]],
     baseline: list[list[list[float]]],
     log_prob: list[list[list[float]]],
     labels: list[int],
+    each: bool,
 ) -> tuple[float, float, float]:
-    """Cross-entropy, squared error of the baseline and REINFORCE. [B][M][C], [B][M][T], [B][M][T] and [B]."""
-    classification, squared, reinforce, n_trajectories, n_baselines = 0.0, 0.0, 0.0, 0, 0
+    """Cross-entropy, squared error of the baseline and REINFORCE. [B][M][T][C], [B][M][T], [B][M][T] and [B].
+
+    each: predictions after all glimpses count, not the last one alone.
+    """
+    classification, squared, reinforce = [], [], []
     for picture, label in enumerate(labels):
-        for trajectory, scores in enumerate(logits[picture]):
-            n_trajectories += 1
-            probability = math.exp(scores[label]) / sum(math.exp(score) for score in scores)
-            classification -= math.log(probability)
-            reward = 1.0 if scores.index(max(scores)) == label else 0.0
+        for trajectory, predictions in enumerate(logits[picture]):
+            term = 0.0
             for step, expected in enumerate(baseline[picture][trajectory]):
-                n_baselines += 1
-                squared += (expected - reward) ** 2
-                reinforce -= (reward - expected) * log_prob[picture][trajectory][step]
-    return classification / n_trajectories, squared / n_baselines, reinforce / n_trajectories
+                scores = predictions[step] if each else predictions[-1]
+                if each or step == 0:
+                    probability = math.exp(scores[label]) / sum(math.exp(score) for score in scores)
+                    classification.append(-math.log(probability))
+                reward = 1.0 if scores.index(max(scores)) == label else 0.0
+                squared.append((expected - reward) ** 2)
+                term -= (reward - expected) * log_prob[picture][trajectory][step]
+            reinforce.append(term)
+    return tuple(sum(values) / len(values) for values in (classification, squared, reinforce))

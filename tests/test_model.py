@@ -220,18 +220,18 @@ def test_shapes_for_every_pair_of_scales(pair: tuple[int, int], n_glimpses: int,
     for n_pictures, n_trajectories in ((1, 1), (3, 2)):
         rollout = net(canvases(n_pictures, 32, start_size), torch.randn(n_pictures, n_trajectories, n_glimpses, 2))
         B, M, T = n_pictures, n_trajectories, n_glimpses
-        shapes = [(B, M, N_CLASSES), (B, M, T, 2), (B, M, T, 4), (B, M, T), (B, M, T)]
+        shapes = [(B, M, T, N_CLASSES), (B, M, T, 2), (B, M, T, 4), (B, M, T), (B, M, T)]
         assert [tuple(value.shape) for value in rollout] == shapes
         assert all(value.isfinite().all() and value.dtype == torch.float32 for value in rollout)
         assert (rollout.location.abs() < 1).all() and torch.allclose(rollout.attention.sum(-1), torch.ones(B, M, T))
         assert ((rollout.baseline > 0) & (rollout.baseline < 1)).all()
-        sum(attention_loss(rollout, torch.zeros(B, dtype=torch.long))).backward()
+        sum(attention_loss(rollout, torch.zeros(B, dtype=torch.long), "each")).backward()
 
 
 @pytest.mark.parametrize("patch_size", [64, 96])
 def test_other_patch_sizes(patch_size: int, make_model) -> None:
     net = make_model(patch_size=patch_size, k=2, start_size=2)
-    assert net(canvases(2, patch_size, 2), torch.randn(2, 1, 2, 2)).logits.shape == (2, 1, N_CLASSES)
+    assert net(canvases(2, patch_size, 2), torch.randn(2, 1, 2, 2)).logits.shape == (2, 1, 2, N_CLASSES)
 
 
 def test_two_halves_of_a_batch_equal_the_whole(make_model) -> None:
@@ -275,13 +275,14 @@ def test_glimpse_features_are_those_of_the_reference_patches(make_model) -> None
             features.append(net.glimpse.backbone(pixels.permute(2, 0, 1).unsqueeze(0)).mean((2, 3)))
         hidden, _ = net.rnn(torch.cat(features, dim=1))
         logits = net.classify(hidden)
-    assert torch.allclose(rollout.logits[0], logits, atol=0.02)
+    assert torch.allclose(rollout.logits[0, :, -1], logits, atol=0.02)
 
 
 # --- gradients and loss
 
 
-def test_reward_reaches_the_location_network_alone(make_model) -> None:
+@pytest.mark.parametrize("supervision", model.SUPERVISIONS)
+def test_reward_reaches_the_location_network_alone(supervision: str, make_model) -> None:
     net = make_model(n_glimpses=2)
     rollout = net(canvases(4), torch.randn(4, 2, 2, 2))
     labels = torch.tensor([0, 1, 2, 0])
@@ -291,7 +292,7 @@ def test_reward_reaches_the_location_network_alone(make_model) -> None:
         ("classification", {"rnn", "classify"}),
     ):
         net.zero_grad()
-        getattr(attention_loss(rollout, labels), term).backward(retain_graph=True)
+        getattr(attention_loss(rollout, labels, supervision), term).backward(retain_graph=True)
         assert with_gradient(net) == reached
         if term == "reinforce":
             assert all(parameter.grad is not None for parameter in net.locate.parameters())
@@ -309,19 +310,37 @@ def test_baseline_is_alive_at_the_first_glimpse(seed: int, make_model) -> None:
     assert net.linear.bias.grad.abs() > 0 and net.linear.weight.grad[:, :8].abs().min() > 0
 
 
-def test_loss_equals_the_scalar_transcription() -> None:
+@pytest.mark.parametrize("supervision", model.SUPERVISIONS)
+def test_loss_equals_the_scalar_transcription(supervision: str) -> None:
     B, M, T, C = 3, 2, 2, 4
     log_prob = torch.randn(B, M, T)
     rollout = Rollout(
-        torch.randn(B, M, C), torch.zeros(B, M, T, 2), torch.zeros(B, M, T, 4), log_prob, torch.rand(B, M, T)
+        torch.randn(B, M, T, C), torch.zeros(B, M, T, 2), torch.zeros(B, M, T, 4), log_prob, torch.rand(B, M, T)
     )
     labels = torch.tensor([1, 3, 0])
-    rollout.logits[0, 0, 1] = rollout.logits[1, 1, 3] = 5.0  # two right, the others as they come
-    ours = attention_loss(rollout, labels)
+    # One is right at last, one at first, the others as they come.
+    rollout.logits[0, 0, 1, 1] = rollout.logits[1, 1, 0, 3] = 5.0
+    rollout.logits[1, 1, 1, 0] = 5.0
+    ours = attention_loss(rollout, labels, supervision)
     theirs = reference.loss(
-        rollout.logits.tolist(), rollout.baseline.tolist(), rollout.log_prob.tolist(), labels.tolist()
+        rollout.logits.tolist(),
+        rollout.baseline.tolist(),
+        rollout.log_prob.tolist(),
+        labels.tolist(),
+        supervision == "each",
     )
     assert [term.item() for term in ours] == pytest.approx(theirs, rel=1e-5)
+
+
+def test_parameter_groups_hold_all_that_is_trained_once(make_model) -> None:
+    net = make_model()
+    rest, later = net.parameter_groups()
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    assert sorted(names[id(parameter)] for parameter in [*rest, *later]) == sorted(
+        name for name, parameter in net.named_parameters() if parameter.requires_grad
+    )
+    later_names = {names[id(parameter)] for parameter in later}
+    assert later_names == {f"locate.{name}.weight" for name in ("from_context", "from_hidden", "score")}
 
 
 def test_backbone_is_bit_identical_after_training(make_model) -> None:
@@ -331,12 +350,46 @@ def test_backbone_is_bit_identical_after_training(make_model) -> None:
     optimizer = torch.optim.Adam([parameter for parameter in net.parameters() if parameter.requires_grad], lr=0.1)
     for _ in range(3):
         net.train()
-        sum(attention_loss(net(canvases(3), torch.randn(3, 1, 2, 2)), torch.tensor([0, 1, 2]))).backward()
+        sum(attention_loss(net(canvases(3), torch.randn(3, 1, 2, 2)), torch.tensor([0, 1, 2]), "each")).backward()
         optimizer.step()
     after = net.glimpse.backbone.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before) and any("running_mean" in key for key in before)
     assert not any(parameter.requires_grad for parameter in net.glimpse.backbone.parameters())
     assert net.training and net.rnn.training and not net.glimpse.backbone.training
+
+
+@pytest.mark.parametrize("supervision", model.SUPERVISIONS)
+def test_estimator_is_the_gradient_of_the_expected_reward(supervision: str, make_model) -> None:
+    """Two glimpses in a world of two outcomes each, left or right, whose probabilities are known.
+
+    A prediction is right once a glimpse has fallen to the right.
+    """
+    net, M = make_model(n_glimpses=2, std_dev=0.5), 400_000
+    logits = torch.tensor([[0.2, 0.0, 0.1, 0.3], [0.0, -0.4, 0.2, 0.1]], requires_grad=True)  # of attention, [T, 4]
+    attention = torch.softmax(logits, dim=-1)  # [T, 4]
+    mean = location_mean(attention)[:, 0]  # [T]
+    miss = 0.5 * (1 + torch.erf(-mean / (net.std_dev * 2**0.5)))  # [T], of a glimpse on the left
+    right_first, right_last = 1 - miss[0], 1 - miss[0] * miss[1]
+    # Either both glimpses are rewarded for the last prediction, or each for the one right after it.
+    objective = {"last": right_last, "each": right_first + (1 - miss[0].detach() * miss[1])}[supervision]
+    (expected,) = torch.autograd.grad(objective, logits, retain_graph=True)
+
+    noise = torch.randn(2, 1, M, 2)
+    location, log_prob = zip(*(net.gaze(attention[t].expand(1, M, 4), noise[t], "learned") for t in range(2)))
+    hit = torch.stack(location, dim=2)[..., 0] > 0  # [1, M, T]
+    right = hit.cummax(-1).values.float()  # after the first glimpse, after any of the two
+    # What is expected may depend on all that happened before a glimpse, however badly.
+    baseline = torch.stack([torch.full((1, M), 0.9), 0.2 + 0.5 * hit[..., 0]], dim=-1)
+    rollout = Rollout(
+        torch.stack([1 - right, right], dim=-1),
+        torch.stack(location, dim=2),
+        attention.detach(),
+        torch.stack(log_prob, dim=-1),
+        baseline,
+    )
+    loss = attention_loss(rollout, torch.ones(1, dtype=torch.long), supervision).reinforce
+    (estimated,) = torch.autograd.grad(-loss, logits)
+    assert torch.allclose(estimated, expected, atol=0.006) and expected.abs().min() > 0.012, (estimated, expected)
 
 
 def test_reinforce_learns_where_the_reward_is(make_model) -> None:
@@ -350,9 +403,9 @@ def test_reinforce_learns_where_the_reward_is(make_model) -> None:
         right = (location[..., 0] < -0.1).float()  # [1, 64]
         logits = torch.stack([right, 1 - right], dim=-1)
         baseline = right.mean().expand(1, 64, 1)
-        rollout = Rollout(logits, location.unsqueeze(2), attention, log_prob.unsqueeze(-1), baseline)
+        rollout = Rollout(logits.unsqueeze(2), location.unsqueeze(2), attention, log_prob.unsqueeze(-1), baseline)
         optimizer.zero_grad()
-        attention_loss(rollout, labels).reinforce.backward()
+        attention_loss(rollout, labels, "last").reinforce.backward()
         optimizer.step()
     assert location_mean(torch.softmax(attention, -1))[0, 0, 0] < -0.2
 

@@ -304,7 +304,7 @@ def test_view_glimpses_draws_the_deterministic_trajectory(
         rollout = net(canvas.unsqueeze(0), torch.zeros(1, 1, 2, 2))
         assert torch.allclose(location, rollout.location[0, 0], atol=1e-5) and (scales, patch_size) == ((1, 2), 32)
         assert torch.allclose(attention, rollout.attention[0, 0], atol=1e-5)
-        label = rollout.logits[0, 0].argmax().item()
+        label = rollout.logits[0, 0, -1].argmax().item()
         assert re.fullmatch(rf"predicted toy breed {label + 1} \([01]\.\d\d\), true toy breed [123]", caption)
 
 
@@ -329,12 +329,22 @@ def test_training_opens_no_test_picture(pretrain_args: list[str], main_args: lis
 
 
 @pytest.mark.parametrize("policy", ["learned", "random"])
-def test_resumed_training_is_the_uninterrupted_one(main_args: list[str], save_dir: Path, policy: str) -> None:
+def test_resumed_training_is_the_uninterrupted_one(
+    main_args: list[str], save_dir: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = [*main_args, *MODEL, "--policy", policy]
     main.main([*flags, "--epochs", "4"])
     straight, log = read(save_dir / "last.tar"), (save_dir / "log.csv").read_text()
     best = read(save_dir / "saved_model.tar")
-    main.main([*flags, "--epochs", "2"])
+
+    def interrupt(machine: utils.Machine, text: str) -> None:
+        if text.startswith("epoch 2/4"):  # the line that ends the second epoch
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(utils.Machine, "say", interrupt)
+        main.main([*flags, "--epochs", "4"])
+    assert read(save_dir / "last.tar")["epoch"] == 1
     main.main([*main_args, "--lr", "0.01", "--epochs", "4", "--resume_training=True"])  # architecture from the file
     assert same(straight, read(save_dir / "last.tar")) and log == (save_dir / "log.csv").read_text()
     assert same(best, read(save_dir / "saved_model.tar"))
@@ -526,12 +536,23 @@ def test_backbone_never_saw_the_validation_pictures(pretrain_args: list[str], tm
 def test_learning_rate_and_batch_size_may_change_on_resuming(main_args: list[str], save_dir: Path) -> None:
     main.main([*main_args, *MODEL, "--epochs", "1"])
     resume = [*main_args[:6], "--valid_size", "0.3", "--num_workers", "0", "--device", "cpu", "--resume_training"]
-    main.main([*resume, "--epochs", "2"])
+    main.main([*resume, "--epochs", "2", "--lr_schedule", "constant"])
     last = read(save_dir / "last.tar")
-    assert (last["lr"], last["batch_size"], last["optimizer"]["param_groups"][0]["lr"]) == (0.01, 4, 0.01)
-    main.main([*resume, "--epochs", "3", "--lr", "0.5", "--batch_size", "6"])
+    assert (last["lr"], last["attention_lr"], last["batch_size"]) == (0.01, 1e-4, 4)
+    assert [group["lr"] for group in last["optimizer"]["param_groups"]] == [0.01, 1e-4]
+    main.main([*resume, "--epochs", "3", "--lr", "0.5", "--attention_lr", "0.2", "--batch_size", "6"])
     last = read(save_dir / "last.tar")
-    assert (last["lr"], last["batch_size"], last["optimizer"]["param_groups"][0]["lr"]) == (0.5, 6, 0.5)
+    assert (last["lr"], last["attention_lr"], last["batch_size"]) == (0.5, 0.2, 6)
+    assert [group["lr"] for group in last["optimizer"]["param_groups"]] == [0.5, 0.2]
+
+
+def test_cosine_schedule(main_args: list[str], save_dir: Path) -> None:
+    rates = [main.learning_rate(0.1, "cosine", epoch, 4) for epoch in range(4)]
+    assert rates == pytest.approx([0.1, 0.1 * (2 + 2**0.5) / 4, 0.05, 0.1 * (2 - 2**0.5) / 4])
+    assert main.learning_rate(0.1, "constant", 3, 4) == 0.1
+    main.main([*main_args, *MODEL, "--epochs", "2"])  # half way down in the second epoch
+    groups = read(save_dir / "last.tar")["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([0.005, 5e-5])
 
 
 def test_foreign_log_is_left_alone(

@@ -1,0 +1,94 @@
+"""Train and test every policy on the toy set with several seeds, and print the README's table. Run by hand.
+
+It runs the commands that a user would, prints each, and keeps what it wrote: an interrupted table is continued by
+calling it again.
+"""
+
+import argparse
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BACKBONE = ["--weights", "none", "--arch", "resnet18", "--patch_size", "32", "--epochs", "10"]
+CLASSIFIER = ["--k", "1", "--start_size", "1", "--rnn_hidden", "256"]
+FAITHFUL = ["--lr_schedule", "constant", "--attention_lr", "1e-3", "--supervision", "last"]
+ROWS = {
+    "learned": [],
+    "learned, 2 glimpses": ["--n_glimpses", "2"],
+    "learned, as in 2018": FAITHFUL,
+    "learned, as in 2018, 2 glimpses": [*FAITHFUL, "--n_glimpses", "2"],
+    "learned, before training": ["--epochs", "0"],
+    "learned, 2 glimpses, before training": ["--epochs", "0", "--n_glimpses", "2"],
+    "center": ["--policy", "center"],
+    "random": ["--policy", "random"],
+}
+COLUMNS = {
+    "deterministic": "deterministic accuracy",
+    "one trajectory": "one trajectory accuracy",
+    "mean of 7": "mean of 7 accuracy",
+    "1st on dog": "deterministic glimpse 1 on dog",
+    "2nd on dog": "deterministic glimpse 2 on dog",
+    "1st on dog, one trajectory": "one trajectory glimpse 1 on dog",
+    "2nd on dog, one trajectory": "one trajectory glimpse 2 on dog",
+}
+
+
+def run(script: str, flags: list[str]) -> str:
+    """Run a script of the repository and return what it printed."""
+    print(f"$ python {script} {' '.join(flags)}", flush=True)
+    command = [sys.executable, ROOT / script, *flags]
+    return subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE).stdout
+
+
+def read_report(report: str) -> dict[str, float]:
+    """What `--task=test` printed, by "<kind of trajectory> <name of the figure>"."""
+    figures = {}
+    for line in re.findall(r"^policy \w+ +(.*)$", report, re.MULTILINE):
+        kind, rest = re.match(r"(.*?) +(accuracy .*)", line).groups()
+        figures |= {f"{kind} {name}": float(value) for name, value in re.findall(r"(\S.*?) (\d\.\d+)", rest)}
+    return figures
+
+
+def measure(data_dir: Path, out: Path, seed: int) -> dict[str, dict[str, float]]:
+    """Figures of every row for one seed."""
+    folder = out / f"seed_{seed}"
+    shared = ["--data_dir", str(data_dir), "--batch_size", "32", "--lr", "1e-3", "--seed", str(seed)]
+    if not (folder / "done").exists():
+        run("pretrain.py", [*shared, "--save_dir", str(folder), *BACKBONE])
+        (folder / "done").touch()
+    figures = {}
+    for row, flags in ROWS.items():
+        place = ["--save_dir", str(folder / row.replace(",", "").replace(" ", "_"))]
+        report = Path(place[1]) / "test.txt"
+        if not report.exists():
+            backbone = ["--backbone", str(folder / "pt_glimpse_model.tar")]
+            run("main.py", [*shared, *place, *backbone, *CLASSIFIER, "--epochs", "10", *flags])
+            report.write_text(run("main.py", [*shared, *place, "--task=test"]))
+        figures[row] = read_report(report.read_text())
+    return figures
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure all seeds and print means and standard deviations as a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data_dir", type=Path, default=ROOT / "data/toy", help="of data/toy_dogs.py (%(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT / "data/toy/table", help="for checkpoints (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
+    args = parser.parse_args(argv)
+    seeds = [measure(args.data_dir, args.out, seed) for seed in args.seeds]
+    print(f"\n| in %, mean and deviation of seeds {args.seeds} | {' | '.join(COLUMNS)} |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
+    for row in ROWS:
+        cells = []
+        for name in COLUMNS.values():
+            values = [100 * figures[row][name] for figures in seeds if name in figures[row]]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
+        print(f"| {row} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
