@@ -315,11 +315,17 @@ def test(args: argparse.Namespace, machine: utils.Machine) -> None:
     answers = evaluate(utils.wrap(model, machine), loader, noise, policy, machine, "test")
     machine.say(f"{n_pictures:,} test pictures of {args.data_dir}, classifier of epoch {flags['epoch'] + 1}")
     for kind, values in by_kind(answers.probabilities, policy).items():
-        figures = scores(values, answers.labels)
-        if boxes is not None:
-            hits = by_kind(on_dog(answers.location, boxes), policy)[kind].mean((0, 1))  # [T]
-            figures |= {f"glimpse {t} on dog": value for t, value in enumerate(hits.tolist(), start=1)}
-        machine.say(f"policy {policy:8}{kind:15} " + "  ".join(f"{name} {x:.4f}" for name, x in figures.items()))
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in scores(values, answers.labels).items())
+        machine.say(f"policy {policy:8}{kind:15} {figures}")
+    gaze = {"off center": answers.location.norm(dim=-1) / 2}  # [N, M, T], in sides of the picture
+    if boxes is not None:
+        gaze["on dog"] = on_dog(answers.location, boxes)
+    for t in range(model.n_glimpses):
+        for kind in by_kind(gaze["off center"], policy):
+            if not kind.startswith("mean"):  # of n trajectories, which look at n places
+                means = {name: by_kind(values[..., t : t + 1], policy)[kind].mean() for name, values in gaze.items()}
+                figures = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+                machine.say(f"glimpse {t + 1:<7}{kind:15} {figures}")
 
 
 @torch.no_grad()

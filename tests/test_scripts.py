@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy_table
 from conftest import draw_picture
 from PIL import Image
 
@@ -118,15 +119,16 @@ def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, c
     main.main([*shared, "--task=test", "--n_trajectories=3"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("9 test pictures")
-    assert [line.split("accuracy")[0].split() for line in lines[1:]] == [
+    assert [re.split("accuracy|off", line)[0].split() for line in lines[1:]] == [
         ["policy", "learned", "deterministic"],
         ["policy", "learned", "one", "trajectory"],
         ["policy", "learned", "mean", "of", "3"],
+        *(["glimpse", t, *kind] for t in "12" for kind in (["deterministic"], ["one", "trajectory"])),
     ]
     for policy, n_lines in (("center", 1), ("random", 2)):
         main.main([*shared, "--task=test", f"--policy={policy}"])
-        lines = capsys.readouterr().out.splitlines()[1:]
-        assert len(lines) == n_lines and all(f"policy {policy}" in line for line in lines)
+        lines = capsys.readouterr().out.splitlines()[1 : n_lines + 1]
+        assert all(f"policy {policy}" in line for line in lines)
 
     main.main([*shared, "--task", "view_glimpses", "--n_samples", "4"])
     assert sorted(path.name for path in (tmp_path / "imgs").iterdir()) == [f"glimpse_{i}.jpg" for i in range(4)]
@@ -658,10 +660,19 @@ def test_test_reports_the_gaze_where_boxes_are_known(
     table.write_text("file,left,top,right,bottom\n" + "".join(reversed(rows)))
     capsys.readouterr()
     main.main([*main_args, "--task=test", "--policy=center"])
-    assert capsys.readouterr().out.endswith("  glimpse 1 on dog 0.6667  glimpse 2 on dog 0.6667\n")
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        f"glimpse {t}      deterministic   off center 0.0000  on dog 0.6667" for t in (1, 2)
+    ]
     main.main([*main_args, "--task=test", "--n_trajectories=2"])
-    lines = capsys.readouterr().out.splitlines()[1:]
-    assert len(lines) == 3 and all("glimpse 2 on dog" in line for line in lines)
+    report = capsys.readouterr().out
+    figures = toy_table.read_report(report)
+    kinds = ("policy deterministic", "policy one trajectory", "policy mean of 2")
+    gazes = [f"glimpse {t} {kind}" for t in (1, 2) for kind in ("deterministic", "one trajectory")]
+    assert list(figures) == [
+        *(f"{kind} {name}" for kind in kinds for name in ("accuracy", "mean per class", "top-5")),
+        *(f"{gaze} {name}" for gaze in gazes for name in ("off center", "on dog")),
+    ]
+    assert [f"{value:.4f}" for value in figures.values()] == re.findall(r"\d\.\d{4}", report)
     for broken in ("".join(rows), "file,left,top,right,bottom\n" + "".join(rows[1:])):
         table.write_text(broken)
         assert f"{table} does not fit" in fails(main.main, [*main_args, "--task=test"])

@@ -26,13 +26,13 @@ ROWS = {
     "random": ["--policy", "random"],
 }
 COLUMNS = {
-    "deterministic": "deterministic accuracy",
-    "one trajectory": "one trajectory accuracy",
-    "mean of 7": "mean of 7 accuracy",
-    "1st on dog": "deterministic glimpse 1 on dog",
-    "2nd on dog": "deterministic glimpse 2 on dog",
-    "1st on dog, one trajectory": "one trajectory glimpse 1 on dog",
-    "2nd on dog, one trajectory": "one trajectory glimpse 2 on dog",
+    "deterministic": "policy deterministic accuracy",
+    "one trajectory": "policy one trajectory accuracy",
+    "mean of 7": "policy mean of 7 accuracy",
+    "1st on dog": "glimpse 1 deterministic on dog",
+    "2nd on dog": "glimpse 2 deterministic on dog",
+    "1st on dog, one trajectory": "glimpse 1 one trajectory on dog",
+    "2nd on dog, one trajectory": "glimpse 2 one trajectory on dog",
 }
 
 
@@ -44,11 +44,12 @@ def run(script: str, flags: list[str]) -> str:
 
 
 def read_report(report: str) -> dict[str, float]:
-    """What `--task=test` printed, by "<kind of trajectory> <name of the figure>"."""
+    """The figures that `--task=test` printed, by "policy <kind of trajectory> <name>", "glimpse <t> <kind> <name>"."""
     figures = {}
-    for line in re.findall(r"^policy \w+ +(.*)$", report, re.MULTILINE):
-        kind, rest = re.match(r"(.*?) +(accuracy .*)", line).groups()
-        figures |= {f"{kind} {name}": float(value) for name, value in re.findall(r"(\S.*?) (\d\.\d+)", rest)}
+    for line in report.splitlines()[1:]:  # in columns: whose figures, kind of trajectory, figures
+        subject, kind = line[:15].strip(), line[15:31].strip()
+        start = f"{subject if subject.startswith('glimpse') else 'policy'} {kind}"
+        figures |= {f"{start} {name}": float(x) for name, x in re.findall(r"([a-z]\S.*?) (\d\.\d+)", line[31:])}
     return figures
 
 
