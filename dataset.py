@@ -89,7 +89,7 @@ def read_dog_boxes(data_dir: str | Path, pictures: PictureList) -> Tensor | None
         with open(path, newline="") as file:
             table = {row["file"]: [float(row[edge]) for edge in BOX_EDGES] for row in csv.DictReader(file)}
         return torch.tensor([table["/".join(file.parts[-2:])] for file in pictures.files])
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise DataError(
             f"table {path} does not fit the lists beside it: make it again with data/toy_dogs.py"
         ) from error

@@ -44,7 +44,8 @@ RUN_DEFAULTS = {
     "attention_lr": 1e-4,
     "lr_schedule": "cosine",
 }
-MAY_CHANGE = ("batch_size", "lr", "attention_lr", "lr_schedule")  # on resuming
+MAY_CHANGE = ("batch_size", "epochs", "lr", "attention_lr", "lr_schedule")  # on resuming
+USE_DEFAULTS = {name: RUN_DEFAULTS[name] for name in (*MODEL_DEFAULTS, "policy", "batch_size", "seed")}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,6 +73,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--task=predict needs --images FILE..., and no other task takes it")
     if args.task != "train" and args.resume_training:
         parser.error(f"--resume_training does not go with --task={args.task}")
+    if args.backbone and (args.task != "train" or args.resume_training):
+        parser.error("--backbone goes with a new training run only: a classifier's file has the backbone in it")
     return args
 
 
@@ -207,9 +210,9 @@ def load_classifier(
     Raises UserError if there is none, and if the pictures it is to be used on have other classes.
     """
     path = args.save_dir / "saved_model.tar"
-    required = ("model_dict", "arch", "patch_size", "epoch", "data", *RUN_DEFAULTS)
+    required = ("model_dict", "arch", "patch_size", "epoch", "data", *USE_DEFAULTS)
     checkpoint = utils.load_checkpoint(path, required, "train one with `python main.py`, or give its --save_dir")
-    flags = utils.settle_flags(vars(args), checkpoint, RUN_DEFAULTS, free=("policy", "seed", *MAY_CHANGE))
+    flags = utils.settle_flags(vars(args), checkpoint, USE_DEFAULTS, free=("policy", "batch_size", "seed"))
     class_names = checkpoint["data"]["class_names"]
     if pictures is not None and pictures.class_names != class_names:
         raise utils.UserError(f"{args.data_dir} has other classes than those that {path} was trained on")
@@ -267,18 +270,20 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
 
     policy, n_glimpses, seed = flags["policy"], flags["n_glimpses"], flags["seed"]
     valid_noise = evaluation_noise(policy, data["validation pictures"], int(policy == "random"), n_glimpses, seed)
-    if args.epochs == 0 and last is None:  # what the untrained network does, to compare with
+    if flags["epochs"] == 0 and last is None:  # what the untrained network does, to compare with
         if machine.rank == 0:
+            if best_path.exists():
+                raise utils.UserError(f"{best_path} would be lost to an untrained classifier: give another --save_dir")
             untrained = {**settings, "model_dict": utils.cpu_state(model), "epoch": -1, "data": data}
             utils.save_checkpoint(best_path, untrained)
         machine.say(f"untrained classifier in {best_path}")
         return
-    for epoch in range(first_epoch, args.epochs):
+    for epoch in range(first_epoch, flags["epochs"]):
         start = time.perf_counter()
-        title = f"epoch {epoch + 1}/{args.epochs}"
+        title = f"epoch {epoch + 1}/{flags['epochs']}"
         train_loader.sampler.epoch = epoch
         for group, lr in zip(optimizer.param_groups, (flags["lr"], flags["attention_lr"])):
-            group["lr"] = learning_rate(lr, flags["lr_schedule"], epoch, args.epochs)
+            group["lr"] = learning_rate(lr, flags["lr_schedule"], epoch, flags["epochs"])
         noise = training_noise(data["training pictures"], n_glimpses, seed, epoch, machine)
         means = train_one_epoch(net, train_loader, noise, policy, flags["supervision"], optimizer, machine, title)
         answers = evaluate(net, valid_loader, valid_noise, policy, machine, "validation")
@@ -302,7 +307,7 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
 
 
 def test(args: argparse.Namespace, machine: utils.Machine) -> None:
-    """Score the best classifier on the test list, and its gaze where it is known where the dogs are."""
+    """Score the best classifier on the test list; say how far its gaze goes, and how often to the dog, if known."""
     pictures = read_list(args.data_dir, "test")
     boxes = read_dog_boxes(args.data_dir, pictures)
     model, flags, _ = load_classifier(args, machine, pictures)
@@ -317,14 +322,13 @@ def test(args: argparse.Namespace, machine: utils.Machine) -> None:
     for kind, values in by_kind(answers.probabilities, policy).items():
         figures = "  ".join(f"{name} {value:.4f}" for name, value in scores(values, answers.labels).items())
         machine.say(f"policy {policy:8}{kind:15} {figures}")
-    gaze = {"off center": answers.location.norm(dim=-1) / 2}  # [N, M, T], in sides of the picture
+    gaze = {"off center": by_kind(answers.location.norm(dim=-1) / 2, policy)}  # in sides of the picture
     if boxes is not None:
-        gaze["on dog"] = on_dog(answers.location, boxes)
+        gaze["on dog"] = by_kind(on_dog(answers.location, boxes), policy)
     for t in range(model.n_glimpses):
-        for kind in by_kind(gaze["off center"], policy):
+        for kind in gaze["off center"]:
             if not kind.startswith("mean"):  # of n trajectories, which look at n places
-                means = {name: by_kind(values[..., t : t + 1], policy)[kind].mean() for name, values in gaze.items()}
-                figures = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+                figures = "  ".join(f"{name} {values[kind][..., t].mean():.4f}" for name, values in gaze.items())
                 machine.say(f"glimpse {t + 1:<7}{kind:15} {figures}")
 
 

@@ -244,10 +244,10 @@ class RecurrentAttention(nn.Module):
         return Rollout(*(torch.stack(values, dim=2) for values in zip(*steps)))
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """What is trained: everything but the attention after the first glimpse, and that, which needs smaller steps.
+        """What is trained: everything but the attention after the first glimpse, and that, for a rate of its own.
 
-        Its score sums up 1024 units of tanh, all of which a step of Adam may move the same way. Steps that suit the
-        rest saturate the softmax before there is anything to learn from, and the gaze stays in a corner for good.
+        Its score sums up 1024 units of tanh, all of which a step of Adam may move the same way. A rate that suits
+        the rest can saturate the softmax before there is anything to learn from; the gaze then stays in a corner.
         """
         later = [parameter for name, parameter in self.locate.named_parameters() if not name.startswith("first.")]
         known = set(map(id, later))

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 import utils
 from dataset import DataError, PictureList, describe_data, make_loader, make_training_loaders, read_list, split_list
-from glimpse import FULL_SCALE, STARTS, build_pyramid, canvas_size
-from model import ARCHITECTURES, HEADS, GlimpseNetwork, PretrainNetwork, build_backbone, load_resnet_weights
+from glimpse import STARTS, canvas_size, normalize
+from model import ARCHITECTURES, HEADS, PretrainNetwork, build_backbone, load_resnet_weights
 
 RUN_DEFAULTS = {"arch": "resnet50", "patch_size": 96, **utils.TRAIN_DEFAULTS}
 PROBE_WEIGHT_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -40,14 +40,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--task", choices=tuple(TASKS), default="train", help="train, test its heads, or probe --weights (%(default)s)")
     add("--arch", choices=ARCHITECTURES, help="backbone (resnet50)")
     add("--patch_size", type=patch_side, metavar="P", help="side of a patch in pixels, a multiple of 32 (96)")
-    add(
-        "--weights",
-        default="imagenet",
-        help="imagenet (a download), none, or a torchvision ResNet's file (%(default)s)",
-    )
+    add("--weights", help="imagenet (a download), none, or a torchvision ResNet's file (imagenet)")
     args = utils.parse_flags(parser, argv, positive=["epochs"])
     if args.task != "train" and args.resume_training:
         parser.error(f"--resume_training does not go with --task={args.task}")
+    if args.task == "test" and args.weights:
+        parser.error("--weights does not go with --task=test, which reads pt_glimpse_model.tar under --save_dir")
+    args.weights = args.weights or "imagenet"
     return args
 
 
@@ -128,7 +127,7 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     last = utils.load_last(last_path, args.resume_training, RUN_DEFAULTS)
     if last:
         utils.refuse_other_data(last["data"], data, last_path)
-    flags = utils.settle_flags(vars(args), last, RUN_DEFAULTS, free=("batch_size", "lr"))
+    flags = utils.settle_flags(vars(args), last, RUN_DEFAULTS, free=("batch_size", "epochs", "lr"))
 
     train_loader, valid_loader = make_training_loaders(
         train_list,
@@ -159,9 +158,9 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     utils.prepare_folder(args.save_dir)
     machine.say(utils.describe_run({**vars(args), **flags}, data, model, machine))
 
-    for epoch in range(first_epoch, args.epochs):
+    for epoch in range(first_epoch, flags["epochs"]):
         start = time.perf_counter()
-        title = f"epoch {epoch + 1}/{args.epochs}"
+        title = f"epoch {epoch + 1}/{flags['epochs']}"
         train_loader.sampler.epoch = epoch
         means = train_one_epoch(net, train_loader, optimizer, machine, title)
         valid = evaluate(net, valid_loader, machine, "validation")
@@ -217,14 +216,13 @@ def whole_picture_features(
     backbone: nn.Sequential, patch_size: int, pictures: PictureList, machine: utils.Machine, **loading: Any
 ) -> tuple[Tensor, Tensor]:
     """Features [N, D] of whole pictures of side P from the frozen backbone, and labels [N], in the list's order."""
-    net = utils.MixedPrecision(GlimpseNetwork(backbone=backbone, patch_size=patch_size, scales=(FULL_SCALE,)), machine)
+    net = utils.MixedPrecision(backbone.eval(), machine)
     loader = make_loader(pictures, range(len(pictures.files)), canvas_size=patch_size, **loading)
     features, truth = [], []
     with utils.progress("features", loader, machine) as bar:
         for canvas, labels in loader:
-            pyramid = build_pyramid(canvas.to(machine.device, non_blocking=True), (FULL_SCALE,), patch_size)
-            center = torch.zeros(len(labels), 1, 2, device=machine.device)
-            features.append(net(pyramid, center).squeeze(1).cpu())  # [B, D]
+            picture = normalize(canvas.to(machine.device, non_blocking=True).float() / 255)  # [B, 3, P, P]
+            features.append(net(picture).float().mean((2, 3)).cpu())  # [B, D]
             truth.append(labels)
             bar.update(len(labels))
     return torch.cat(features), torch.cat(truth)
@@ -259,11 +257,13 @@ def probe(args: argparse.Namespace, machine: utils.Machine) -> None:
     if machine.world_size > 1:
         raise utils.UserError("--task=probe runs in one process: start it without torchrun")
     flags = utils.settle_flags(vars(args), None, RUN_DEFAULTS)
+    lists = (*split_list(read_list(args.data_dir, "train"), args.valid_size), read_list(args.data_dir, "test"))
+    if lists[0].class_names != lists[2].class_names:
+        raise utils.UserError(f"the training and the test list of {args.data_dir} name other classes: mend one")
     torch.manual_seed(flags["seed"])
     backbone = build_backbone(flags["arch"])
     load_initial_weights(backbone, args.weights, flags["arch"])
     backbone.to(machine.device, memory_format=torch.channels_last)
-    lists = (*split_list(read_list(args.data_dir, "train"), args.valid_size), read_list(args.data_dir, "test"))
     n_classes, loading = len(lists[0].class_names), machine.loading(flags["batch_size"], args.num_workers)
     parts = [whole_picture_features(backbone, flags["patch_size"], some, machine, **loading) for some in lists]
     mean, std = parts[0][0].mean(0), parts[0][0].std(0).clamp_min(1e-6)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-TRAIN_DEFAULTS = {"batch_size": 128, "lr": 1e-4, "seed": 0}  # of flags that a checkpoint remembers
+TRAIN_DEFAULTS = {"batch_size": 128, "epochs": 101, "lr": 1e-4, "seed": 0}  # of flags that a checkpoint remembers
 
 
 class UserError(Exception):
@@ -68,7 +68,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--valid_size", type=float, default=0.1, help="part of the training list held out for validation (%(default)s)")
     add("--batch_size", type=int, help="pictures per step, over all GPUs and processes (128)")
-    add("--epochs", type=int, default=101, help="epochs in all, those resumed included (%(default)s)")
+    add("--epochs", type=int, help="epochs in all, those resumed included (101)")
     add("--lr", type=float, help="Adam's learning rate (1e-4)")
     add("--num_workers", type=int, default=n_workers, help="loader processes (here %(default)s)")
     add("--seed", type=int, help="of weights, augmentation and gaze (0)")

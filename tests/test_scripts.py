@@ -1,6 +1,8 @@
 """pretrain.py and main.py as a user runs them, on a few small pictures."""
 
+import contextlib
 import csv
+import io
 import re
 import subprocess
 import sys
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 import toy_table
-from conftest import draw_picture
+from conftest import draw_picture, write_list
 from PIL import Image
+from scipy.io import loadmat
 
 import dataset
 import main
@@ -127,8 +130,8 @@ def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, c
     ]
     for policy, n_lines in (("center", 1), ("random", 2)):
         main.main([*shared, "--task=test", f"--policy={policy}"])
-        lines = capsys.readouterr().out.splitlines()[1 : n_lines + 1]
-        assert all(f"policy {policy}" in line for line in lines)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("policy")]
+        assert len(lines) == n_lines and all(line.startswith(f"policy {policy}") for line in lines)
 
     main.main([*shared, "--task", "view_glimpses", "--n_samples", "4"])
     assert sorted(path.name for path in (tmp_path / "imgs").iterdir()) == [f"glimpse_{i}.jpg" for i in range(4)]
@@ -168,29 +171,38 @@ def test_both_scripts_learn_what_can_be_learned(make_data, save_dir: Path) -> No
 def test_heads_are_tested_as_they_were_saved(
     pretrain_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    pretrain.main([*pretrain_args, "--epochs", "1", "--lr", "0.01"])
+    """With heads that always answer 0, 1, 2 and 0, on a list of two, three and four pictures of these breeds."""
+    pretrain.main([*pretrain_args, "--epochs", "1"])
+    path, list_path = tmp_path / "out" / "pt_glimpse_model.tar", Path(pretrain_args[1]) / "lists" / "test_list.mat"
+    checkpoint, names = read(path), [name.item() for name in loadmat(list_path)["file_list"].ravel()]
+    assert (
+        checkpoint["heads"].keys()
+        == PretrainNetwork(backbone=build_backbone("resnet18"), n_classes=3, patch_size=32).heads.state_dict().keys()
+    )
+    for head, answer in enumerate((0, 1, 2, 0)):
+        checkpoint["heads"][f"{head}.3.bias"] = 1000 * torch.eye(3)[answer]
+    torch.save(checkpoint, path)
+    kept = [names[i] for i in (0, 1, 3, 4, 5, 6, 7, 8)] + [names[6].replace("test_0", "train_0")]
+    write_list(list_path, kept, [1, 1, 2, 2, 2, 3, 3, 3, 3])
+    given = [*pretrain_args[:-2], "--task=test"]  # which takes no --weights
     capsys.readouterr()
-    pretrain.main([*pretrain_args[:-2], "--task=test"])
-    printed = capsys.readouterr().out.splitlines()
-    path = tmp_path / "out" / "pt_glimpse_model.tar"
-    checkpoint, pictures = read(path), dataset.read_list(pretrain_args[1], "test")
-    net = PretrainNetwork(backbone=build_backbone("resnet18"), n_classes=3, patch_size=32)
-    net.backbone.load_state_dict(checkpoint["model_dict"])
-    net.heads.load_state_dict(checkpoint["heads"])
-    canvases = torch.stack([dataset.crop_to_canvas(dataset.read_picture(file), 128) for file in pictures.files])
-    right = (net.eval()(canvases).argmax(-1) == torch.tensor(pictures.labels).unsqueeze(1)).float().mean(0)
-    assert printed == [
+    pretrain.main(given)
+    assert capsys.readouterr().out.splitlines() == [
         f"9 test pictures of {pretrain_args[1]}, backbone of epoch 1",
-        *(f"head {name:4} accuracy {value:.4f}" for name, value in zip(("12", "13", "23", "123"), right.tolist())),
+        "head 12   accuracy 0.2222",
+        "head 13   accuracy 0.3333",
+        "head 23   accuracy 0.4444",
+        "head 123  accuracy 0.2222",
     ]
     assert "--resume_training" in refuses(pretrain.main, ["--task=test", "--resume_training"], capsys)
-    assert "--arch" in fails(pretrain.main, [*pretrain_args, "--task=test", "--arch", "resnet34"])
+    assert "--weights" in refuses(pretrain.main, [*given, "--weights", "none"], capsys)
+    assert "--arch" in fails(pretrain.main, [*given, "--arch", "resnet34"])
     torch.save({**checkpoint, "arch": "resnet1"}, path)
     assert "describes no network" in fails(pretrain.main, [*pretrain_args[:-6], "--task=test"])
     torch.save({key: value for key, value in checkpoint.items() if key != "heads"}, path)  # one of 2018 has no heads
-    assert "no entry heads" in fails(pretrain.main, [*pretrain_args, "--task=test"])
+    assert "no entry heads" in fails(pretrain.main, given)
     torch.save({**checkpoint, "data": {"class_names": ["cat"]}}, path)
-    assert "other classes" in fails(pretrain.main, [*pretrain_args, "--task=test"])
+    assert "other classes" in fails(pretrain.main, given)
 
 
 def test_probe_is_the_optimum_and_reads_what_is_there(make_data, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -210,6 +222,11 @@ def test_probe_is_the_optimum_and_reads_what_is_there(make_data, tmp_path: Path,
     pretrain.main(["--data_dir", str(data_dir), "--save_dir", str(tmp_path / "out"), *SMALL, *net, "--task=probe"])
     assert capsys.readouterr().out.splitlines()[-1] == "test accuracy 1.0000"
     assert not (tmp_path / "out").exists()
+    list_path = data_dir / "lists" / "test_list.mat"
+    names = [name.item() for name in loadmat(list_path)["file_list"].ravel()]
+    write_list(list_path, names[:8], [1] * 8)
+    message = fails(pretrain.main, ["--data_dir", str(data_dir), *SMALL, *net, "--task=probe"])
+    assert "name other classes" in message
 
 
 def test_untrained_classifier_and_backbone_of_another_folder(
@@ -220,10 +237,13 @@ def test_untrained_classifier_and_backbone_of_another_folder(
     given = [*main_args, *MODEL, "--backbone", str(tmp_path / "backbone.tar")]
     main.main([*given, "--epochs", "0"])
     untrained = read(save_dir / "saved_model.tar")
+    assert "saved_model.tar would be lost" in fails(main.main, [*given, "--epochs", "0"])
     assert untrained["epoch"] == -1 and not (save_dir / "last.tar").exists()
     capsys.readouterr()
     main.main([*main_args, "--task=test"])
     assert "classifier of epoch 0" in capsys.readouterr().out
+    for task in ("--task=test", "--resume_training"):
+        assert "--backbone" in refuses(main.main, [*main_args, task, "--backbone", "a.tar"], capsys)
     main.main([*given, "--epochs", "1"])
     trained = read(save_dir / "saved_model.tar")
     assert (trained["model_dict"]["locate.first.weight"] != untrained["model_dict"]["locate.first.weight"]).any()
@@ -463,6 +483,11 @@ def test_flags_are_refused_by_name(capsys: pytest.CaptureFixture) -> None:
         (main.main, "--gpus", "first"),
         (main.main, "--policy", "best"),
         (main.main, "--seed", "-1"),
+        (main.main, "--epochs", "-1"),
+        (pretrain.main, "--epochs", "0"),
+        (main.main, "--attention_lr", "0"),
+        (main.main, "--lr_schedule", "linear"),
+        (main.main, "--supervision", "first"),
     ):
         assert flag in refuses(script, [flag, value], capsys)
     assert "--images" in refuses(main.main, ["--task=predict"], capsys)
@@ -651,22 +676,32 @@ def test_glimpses_on_the_dog_by_hand() -> None:
 
 
 def test_test_reports_the_gaze_where_boxes_are_known(
-    main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture
+    main_args: list[str], save_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     main.main([*main_args, *MODEL, "--epochs", "1"])
     pictures, table = dataset.read_list(main_args[1], "test"), Path(main_args[1]) / "lists" / "dogs.csv"
     names = ["/".join(file.parts[-2:]) for file in pictures.files]
-    rows = [f"{name},{0.45 if i % 3 else 0.6},0.4,1,0.6\n" for i, name in enumerate(names)]  # 6 of 9 at the centre
+    boxes = [(i / 20, 0.4, 1.0, 0.5 + i / 40) for i in range(9)]
+    rows = [f"{name},{','.join(map(str, box))}\n" for name, box in zip(names, boxes)]
     table.write_text("file,left,top,right,bottom\n" + "".join(reversed(rows)))
+    assert torch.allclose(dataset.read_dog_boxes(main_args[1], pictures), torch.tensor(boxes))
+
+    # The first trajectory, deterministic, first looks 0.29 to the left of the middle, then at it; another goes astray.
+    location = torch.tensor([[[-0.58, 0.0], [0.0, 0.0]], [[0.0, 0.0], [-0.9, 0.9]]]).expand(9, 2, 2, 2)
+    answers = main.Answers(torch.full((9, 2, 3), 1 / 3), location, torch.tensor(pictures.labels))
     capsys.readouterr()
-    main.main([*main_args, "--task=test", "--policy=center"])
-    assert capsys.readouterr().out.splitlines()[2:] == [
-        f"glimpse {t}      deterministic   off center 0.0000  on dog 0.6667" for t in (1, 2)
-    ]
-    main.main([*main_args, "--task=test", "--n_trajectories=2"])
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "evaluate", lambda *_: answers)
+        main.main([*main_args, "--task=test", "--n_trajectories=1"])
     report = capsys.readouterr().out
+    assert report.splitlines()[4:] == [
+        "glimpse 1      deterministic   off center 0.2900  on dog 0.5556",  # the boxes with left <= 0.2
+        "glimpse 1      one trajectory  off center 0.0000  on dog 1.0000",
+        "glimpse 2      deterministic   off center 0.0000  on dog 1.0000",
+        "glimpse 2      one trajectory  off center 0.6364  on dog 0.0000",
+    ]
     figures = toy_table.read_report(report)
-    kinds = ("policy deterministic", "policy one trajectory", "policy mean of 2")
+    kinds = ("policy deterministic", "policy one trajectory", "policy mean of 1")
     gazes = [f"glimpse {t} {kind}" for t in (1, 2) for kind in ("deterministic", "one trajectory")]
     assert list(figures) == [
         *(f"{kind} {name}" for kind in kinds for name in ("accuracy", "mean per class", "top-5")),
@@ -678,6 +713,21 @@ def test_test_reports_the_gaze_where_boxes_are_known(
         assert f"{table} does not fit" in fails(main.main, [*main_args, "--task=test"])
 
 
+def test_supervision_is_the_flags(main_args: list[str], save_dir: Path) -> None:
+    losses = {}
+    for supervision in ("each", "last"):
+        main.main([*main_args, *MODEL, "--epochs", "1", "--supervision", supervision])
+        losses[supervision] = read_log(save_dir / "log.csv")[0]["train_classification"]
+        assert read(save_dir / "last.tar")["supervision"] == supervision
+    assert losses["each"] != losses["last"]
+
+
+def test_resuming_keeps_the_number_of_epochs(main_args: list[str], save_dir: Path) -> None:
+    main.main([*main_args, *MODEL, "--epochs", "1"])
+    main.main([*main_args, "--resume_training"])  # not 101, the default of a new run
+    assert read(save_dir / "last.tar")["epoch"] == 0
+
+
 def test_scores_by_hand() -> None:
     probabilities = torch.eye(3)[[0, 0, 1, 1]].unsqueeze(1)  # predictions 0, 0, 1, 1
     values = main.scores(probabilities, torch.tensor([0, 0, 0, 1]))
@@ -686,3 +736,38 @@ def test_scores_by_hand() -> None:
     assert main.scores(spread, torch.tensor([7]))["top-5"] == 1 and main.scores(spread, torch.tensor([6]))["top-5"] == 0
     two = torch.stack([torch.eye(2)[[0, 0]], torch.eye(2)[[1, 0]]], dim=1)  # two trajectories over two pictures
     assert main.scores(two, torch.tensor([0, 0]))["accuracy"] == 3 / 4
+
+
+def test_toy_table_is_of_the_reports_and_continued(
+    make_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    data_dir, out, calls = make_data(), tmp_path / "table", []
+    names = ["/".join(file.parts[-2:]) for file in dataset.read_list(data_dir, "test").files]
+    rows = [f"{name},0.4,0.4,0.6,{0.6 if i % 2 else 0.45}\n" for i, name in enumerate(names)]
+    (data_dir / "lists" / "dogs.csv").write_text("file,left,top,right,bottom\n" + "".join(rows))
+
+    def run(script: str, flags: list[str]) -> str:  # in this process, which has PyTorch loaded
+        calls.append(script)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            {"pretrain.py": pretrain.main, "main.py": main.main}[script]([*flags, *SMALL])
+        return printed.getvalue()
+
+    monkeypatch.setattr(toy_table, "run", run)
+    monkeypatch.setattr(toy_table, "BACKBONE", [*toy_table.BACKBONE[:-1], "1"])
+    once = ["--rnn_hidden", "8", "--epochs", "1"]
+    monkeypatch.setattr(toy_table, "ROWS", {"learned": once, "one, center": [*once, "--policy", "center"]})
+    for _ in range(2):
+        toy_table.main(["--data_dir", str(data_dir), "--out", str(out), "--seeds", "3", "4"])
+    assert calls == 2 * ["pretrain.py", *(4 * ["main.py"])]  # nothing is run twice
+    lines = capsys.readouterr().out.splitlines()
+    learned, center = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[-2:])
+    assert len(learned) == len(center) == 1 + len(toy_table.COLUMNS) and (learned[0], center[0]) == tuple(
+        toy_table.ROWS
+    )
+    accuracies = [
+        100 * float(re.search(r"deterministic +accuracy ([\d.]+)", report.read_text())[1])
+        for report in sorted(out.glob("seed_*/one_center/test.txt"))
+    ]
+    assert center[1] == f"{sum(accuracies) / 2:.1f} ± {abs(accuracies[0] - accuracies[1]) / 2**0.5:.1f}"
+    assert center[2] == center[5] == "" and center[4] == "44.4 ± 0.0"  # 4 of 9 boxes hold the middle

@@ -1,7 +1,7 @@
 """Train and test every policy on the toy set with several seeds, and print the README's table. Run by hand.
 
-It runs the commands that a user would, prints each, and keeps what it wrote: an interrupted table is continued by
-calling it again.
+It runs the commands that a user would, prints each, and keeps what it wrote under --out: an interrupted table is
+continued by calling it again. Delete that folder after changing the code or the data.
 """
 
 import argparse
@@ -18,8 +18,8 @@ FAITHFUL = ["--lr_schedule", "constant", "--attention_lr", "1e-3", "--supervisio
 ROWS = {
     "learned": [],
     "learned, 2 glimpses": ["--n_glimpses", "2"],
-    "learned, as in 2018": FAITHFUL,
-    "learned, as in 2018, 2 glimpses": [*FAITHFUL, "--n_glimpses", "2"],
+    "learned, faithful settings": FAITHFUL,
+    "learned, faithful settings, 2 glimpses": [*FAITHFUL, "--n_glimpses", "2"],
     "learned, before training": ["--epochs", "0"],
     "learned, 2 glimpses, before training": ["--epochs", "0", "--n_glimpses", "2"],
     "center": ["--policy", "center"],
@@ -40,7 +40,7 @@ def run(script: str, flags: list[str]) -> str:
     """Run a script of the repository and return what it printed."""
     print(f"$ python {script} {' '.join(flags)}", flush=True)
     command = [sys.executable, ROOT / script, *flags]
-    return subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE).stdout
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
 
 
 def read_report(report: str) -> dict[str, float]:
