@@ -223,7 +223,10 @@ def load_classifier(
 
 
 def train(args: argparse.Namespace, machine: utils.Machine) -> None:
-    """Train on a frozen backbone, validating after every epoch, and keep the best classifier."""
+    """Train on a frozen backbone, validating after every epoch, and keep the best classifier.
+
+    The best is the one with the highest mean probability of the true breed on validation.
+    """
     train_list, valid_list = split_list(read_list(args.data_dir, "train"), args.valid_size)
     data = describe_data(train_list, valid_list)
     last_path, best_path = args.save_dir / "last.tar", args.save_dir / "saved_model.tar"
@@ -263,7 +266,7 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     model.to(machine.device, memory_format=torch.channels_last)
     groups = [{"params": parameters} for parameters in model.parameter_groups()]
     optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999))
-    first_epoch, best_accuracy = utils.restore(last, last_path, model, optimizer)
+    first_epoch, best_score = utils.restore(last, last_path, model, optimizer)
     net = utils.wrap(model, machine)
     utils.prepare_folder(args.save_dir)
     machine.say(utils.describe_run({**vars(args), **settings}, data, model, machine))
@@ -287,22 +290,27 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
         noise = training_noise(data["training pictures"], n_glimpses, seed, epoch, machine)
         means = train_one_epoch(net, train_loader, noise, policy, flags["supervision"], optimizer, machine, title)
         answers = evaluate(net, valid_loader, valid_noise, policy, machine, "validation")
-        valid = scores(answers.probabilities, answers.labels)
-        is_best = valid["accuracy"] > best_accuracy
-        best_accuracy = max(valid["accuracy"], best_accuracy)
+        # Accuracy counts a few pictures and soon stands still; how sure the answers are still tells epochs apart.
+        of_truth = answers.probabilities[torch.arange(len(answers.labels)), 0, answers.labels]
+        valid = {**scores(answers.probabilities, answers.labels), "probability": of_truth.mean().item()}
+        is_best = valid["probability"] > best_score
+        best_score = max(valid["probability"], best_score)
         if machine.rank == 0:  # what to resume from comes last: whoever is stopped in between repeats the epoch
             shared = {**settings, "model_dict": utils.cpu_state(model), "epoch": epoch, "data": data}
             if is_best:
-                utils.save_checkpoint(best_path, {**shared, "accuracy": best_accuracy})
+                utils.save_checkpoint(best_path, {**shared, "accuracy": valid["accuracy"]})
             utils.log_metrics(log_path, epoch, train=means, valid=valid)
-            state = {"optimizer": optimizer.state_dict(), "best_accuracy": best_accuracy}
+            state = {"optimizer": optimizer.state_dict(), "best_score": best_score}
             utils.save_checkpoint(last_path, {**shared, **state})
         machine.say(
             f"{title}: train loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; "
-            f"validation accuracy {valid['accuracy']:.3f}{' (best)' if is_best else ''}; "
+            f"validation accuracy {valid['accuracy']:.3f}, "
+            f"probability {valid['probability']:.3f}{' (best)' if is_best else ''}; "
             f"{time.perf_counter() - start:.0f} s"
         )
-    machine.say(f"best validation accuracy {best_accuracy:.4f}, classifier in {best_path}")
+    machine.say(
+        f"best classifier by its mean probability of the true breed, {best_score:.4f} on validation: {best_path}"
+    )
     machine.say("next: python main.py --task=test, --task=view_glimpses or --task=predict --images FILE...")
 
 

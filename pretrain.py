@@ -22,7 +22,7 @@ from glimpse import STARTS, canvas_size, normalize
 from model import ARCHITECTURES, HEADS, PretrainNetwork, build_backbone, load_resnet_weights
 
 RUN_DEFAULTS = {"arch": "resnet50", "patch_size": 96, **utils.TRAIN_DEFAULTS}
-PROBE_WEIGHT_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
+PROBE_WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def patch_side(text: str) -> int:
@@ -173,7 +173,7 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
                 utils.save_checkpoint(best_path, {**best, "accuracy": best_accuracy, **shared})
             utils.log_metrics(log_path, epoch, train=means, valid=valid)
             state = {"model_dict": utils.cpu_state(model), "optimizer": optimizer.state_dict()}
-            utils.save_checkpoint(last_path, {**state, "best_accuracy": best_accuracy, **shared})
+            utils.save_checkpoint(last_path, {**state, "best_score": best_accuracy, **shared})
         heads = ", ".join(f"{name} {valid['acc_' + name]:.3f}" for name in HEADS)
         machine.say(
             f"{title}: train loss {means['loss']:.3f}, accuracy {means['acc_123']:.3f}; "

@@ -284,7 +284,7 @@ def load_checkpoint(path: Path, required: Iterable[str], hint: str) -> dict[str,
 
 def load_last(path: Path, resume: bool, settings: Iterable[str]) -> dict[str, Any] | None:
     """The checkpoint of the last epoch, with these settings in it, or None if a run is not to be resumed."""
-    required = ("model_dict", "optimizer", "epoch", "best_accuracy", "data", *settings)
+    required = ("model_dict", "optimizer", "epoch", "best_score", "data", *settings)
     hint = "there is no run to resume, leave --resume_training out"
     return load_checkpoint(path, required, hint) if resume else None
 
@@ -301,12 +301,12 @@ def load_state(load: Callable[[dict[str, Any]], Any], state: dict[str, Any], pat
 def restore(
     last: dict[str, Any] | None, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, float]:
-    """Put the state of the last epoch back, if there is one. Returns the next epoch and the best accuracy so far."""
+    """Put the state of the last epoch back, if there is one. Returns the next epoch and the best score so far."""
     if last is None:
         return 0, -1.0
     load_state(model.load_state_dict, last["model_dict"], path)
     load_state(optimizer.load_state_dict, last["optimizer"], path)
-    return last["epoch"] + 1, last["best_accuracy"]
+    return last["epoch"] + 1, last["best_score"]
 
 
 def refuse_other_data(stored: dict[str, Any], data: dict[str, Any], path: Path) -> None:

@@ -105,7 +105,7 @@ def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, c
     assert (best["arch"], best["patch_size"]) == ("resnet18", 32) and last["epoch"] == 1
     rows = read_log(out / "pt_log.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"] and max(float(row["valid_acc_123"]) for row in rows) == (
-        pytest.approx(last["best_accuracy"], rel=1e-5)
+        pytest.approx(last["best_score"], rel=1e-5)
     )
 
     shared = [
@@ -302,11 +302,12 @@ def test_best_checkpoints_are_of_the_best_epoch(main_args: list[str], pretrain_a
     main.main([*main_args, *MODEL, "--epochs", "4"])
     for best, log, column in (
         (out / "pt_glimpse_model.tar", out / "pt_log.csv", "valid_acc_123"),
-        (save_dir / "saved_model.tar", save_dir / "log.csv", "valid_accuracy"),
+        (save_dir / "saved_model.tar", save_dir / "log.csv", "valid_probability"),
     ):
-        accuracies = [float(row[column]) for row in read_log(log)]
-        assert read(best)["epoch"] == accuracies.index(max(accuracies))
-        assert read(best)["accuracy"] == pytest.approx(max(accuracies), rel=1e-5)
+        found, rows = [float(row[column]) for row in read_log(log)], read_log(log)
+        assert read(best)["epoch"] == found.index(max(found))
+        accuracy = rows[read(best)["epoch"]]["valid_acc_123" if log.name == "pt_log.csv" else "valid_accuracy"]
+        assert read(best)["accuracy"] == pytest.approx(float(accuracy), rel=1e-5)
 
 
 def test_view_glimpses_draws_the_deterministic_trajectory(
