@@ -66,6 +66,12 @@ def patch_boxes(location: Tensor, scales: tuple[int, ...], patch_size: int) -> T
     return torch.stack(boxes, dim=-2)
 
 
+def inside(location: Tensor, box: Tensor) -> Tensor:
+    """Whether a location [..., 2] lies in a box [..., 4] of the picture, given as by `patch_boxes`: bool [...]."""
+    place = (location + 1) / 2
+    return ((place >= box[..., :2]) & (place <= box[..., 2:])).all(-1)
+
+
 def extract_patches(pyramid: dict[int, Tensor], location: Tensor, scales: tuple[int, ...], patch_size: int) -> Tensor:
     """Cut the k concentric patches of M glimpses out of each picture; what lies outside the picture is black.
 

@@ -31,7 +31,7 @@ from dataset import (
     read_picture,
     split_list,
 )
-from glimpse import canvas_size, draw_panel, patch_scales
+from glimpse import canvas_size, draw_panel, inside, patch_scales
 from model import POLICIES, SUPERVISIONS, RecurrentAttention, Rollout, attention_loss, build_backbone
 
 MODEL_DEFAULTS = {"k": 2, "start_size": 2, "n_glimpses": 1, "rnn_hidden": 2048, "std_dev": 0.2}
@@ -171,13 +171,6 @@ def by_kind(values: Tensor, policy: str) -> dict[str, Tensor]:
         kinds["one trajectory"] = values
         kinds[f"mean of {values.shape[-2]}"] = values.mean(-2, keepdim=True)
     return kinds
-
-
-def on_dog(location: Tensor, boxes: Tensor) -> Tensor:
-    """1 where a glimpse's centre lies in the dog's box, else 0: [N, M, T, 2] and [N, 4] -> [N, M, T]."""
-    place = (location + 1) / 2  # as boxes, in fractions of the side
-    boxes = boxes[:, None, None]
-    return ((place >= boxes[..., :2]) & (place <= boxes[..., 2:])).all(-1).double()
 
 
 def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
@@ -322,8 +315,7 @@ def test(args: argparse.Namespace, machine: utils.Machine) -> None:
     n_pictures, policy = len(pictures.files), flags["policy"]
     loading = machine.loading(flags["batch_size"], args.num_workers)
     order = range(machine.rank, n_pictures, machine.world_size)
-    side = canvas_size(model.glimpse.patch_size, model.glimpse.scales[0])
-    loader = make_loader(pictures, order, canvas_size=side, **loading)
+    loader = make_loader(pictures, order, canvas_size=model.glimpse.canvas_size, **loading)
     noise = evaluation_noise(policy, n_pictures, args.n_trajectories, model.n_glimpses, flags["seed"])
     answers = evaluate(utils.wrap(model, machine), loader, noise, policy, machine, "test")
     machine.say(f"{n_pictures:,} test pictures of {args.data_dir}, classifier of epoch {flags['epoch'] + 1}")
@@ -332,7 +324,7 @@ def test(args: argparse.Namespace, machine: utils.Machine) -> None:
         machine.say(f"policy {policy:8}{kind:15} {figures}")
     gaze = {"off center": by_kind(answers.location.norm(dim=-1) / 2, policy)}  # in sides of the picture
     if boxes is not None:
-        gaze["on dog"] = by_kind(on_dog(answers.location, boxes), policy)
+        gaze["on dog"] = by_kind(inside(answers.location, boxes[:, None, None]).double(), policy)
     for t in range(model.n_glimpses):
         for kind in gaze["off center"]:
             if not kind.startswith("mean"):  # of n trajectories, which look at n places
@@ -345,7 +337,7 @@ def look_at(
     file: Path, model: RecurrentAttention, noise: Tensor, policy: str, machine: utils.Machine
 ) -> tuple[Tensor, Rollout]:
     """Canvas [3, S, S] and rollout, on the CPU, of one picture. noise: [1, M, T, 2]."""
-    canvas = crop_to_canvas(read_picture(file), canvas_size(model.glimpse.patch_size, model.glimpse.scales[0]))
+    canvas = crop_to_canvas(read_picture(file), model.glimpse.canvas_size)
     net = utils.MixedPrecision(model, machine)
     rollout = net(canvas.unsqueeze(0).to(machine.device), noise.to(machine.device), policy)
     return canvas, Rollout(*(value.cpu() for value in rollout))

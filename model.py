@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from glimpse import FULL_SCALE, STARTS, build_pyramid, extract_patches, normalize, patch_scales
+from glimpse import FULL_SCALE, STARTS, build_pyramid, canvas_size, extract_patches, normalize, patch_scales
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 HEADS = ("12", "13", "23", "123")  # the resolutions that each pre-training head reads: 1 high, 2 medium, 3 low
@@ -101,6 +101,7 @@ class GlimpseNetwork(nn.Module):
         self.backbone = backbone.requires_grad_(False).eval()
         self.patch_size = patch_size
         self.scales = scales
+        self.canvas_size = canvas_size(patch_size, scales[0])
 
     def train(self, mode: bool = True) -> "GlimpseNetwork":
         """Set the mode of everything but the backbone, which stays in eval mode."""

@@ -141,3 +141,10 @@ def test_attention_is_drawn_over_its_own_quadrant() -> None:
             brightness[32 * j : 32 * j + 6, 32 * i : 32 * i + 6].mean() for j, i in ((0, 0), (0, 1), (1, 0), (1, 1))
         ]
         assert int(np.argmax(means)) == quadrant == 2 * x + y
+
+
+def test_inside_by_hand() -> None:
+    boxes = torch.tensor([[0.5, 0.0, 1.0, 0.25], [0.0, 0.0, 0.5, 0.5]])  # left, top, right, bottom
+    location = torch.tensor([[0.5, -0.9], [-0.5, -0.9], [0.5, 0.9], [-1.0, -0.1]])  # x to the right, y down
+    hits = glimpse.inside(location.expand(2, 4, 2), boxes[:, None])
+    assert hits.tolist() == [[True, False, False, False], [False, True, False, True]]

@@ -669,13 +669,6 @@ def test_kinds_of_trajectories() -> None:
     )
 
 
-def test_glimpses_on_the_dog_by_hand() -> None:
-    boxes = torch.tensor([[0.5, 0.0, 1.0, 0.25], [0.0, 0.0, 0.5, 0.5]])  # left, top, right, bottom
-    location = torch.tensor([[0.5, -0.9], [-0.5, -0.9], [0.5, 0.9], [-1.0, -0.1]])  # x to the right, y down
-    hits = main.on_dog(location.expand(2, 1, 4, 2), boxes)
-    assert hits.tolist() == [[[1, 0, 0, 0]], [[0, 1, 0, 1]]]
-
-
 def test_test_reports_the_gaze_where_boxes_are_known(
     main_args: list[str], save_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
