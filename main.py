@@ -207,8 +207,8 @@ def load_classifier(
     checkpoint = utils.load_checkpoint(path, required, "train one with `python main.py`, or give its --save_dir")
     flags = utils.settle_flags(vars(args), checkpoint, USE_DEFAULTS, free=("policy", "batch_size", "seed"))
     class_names = checkpoint["data"]["class_names"]
-    if pictures is not None and pictures.class_names != class_names:
-        raise utils.UserError(f"{args.data_dir} has other classes than those that {path} was trained on")
+    if pictures is not None:
+        utils.refuse_other_classes(class_names, pictures.class_names, args.data_dir, path)
     model = build_model(checkpoint, len(class_names), path)
     utils.load_state(model.load_state_dict, checkpoint["model_dict"], path)
     model.to(machine.device, memory_format=torch.channels_last).eval()

@@ -189,8 +189,7 @@ def test(args: argparse.Namespace, machine: utils.Machine) -> None:
     required = ("model_dict", "heads", "epoch", "data", *RUN_DEFAULTS)
     checkpoint = utils.load_checkpoint(path, required, "make one with `python pretrain.py`, or give its --save_dir")
     flags = utils.settle_flags(vars(args), checkpoint, RUN_DEFAULTS, free=utils.TRAIN_DEFAULTS)
-    if pictures.class_names != checkpoint["data"]["class_names"]:
-        raise utils.UserError(f"{args.data_dir} has other classes than those that {path} was trained on")
+    utils.refuse_other_classes(checkpoint["data"]["class_names"], pictures.class_names, args.data_dir, path)
     n_classes, side = len(pictures.class_names), canvas_size(flags["patch_size"], STARTS[0])
     try:
         backbone = build_backbone(flags["arch"])

@@ -317,6 +317,12 @@ def refuse_other_data(stored: dict[str, Any], data: dict[str, Any], path: Path) 
             raise UserError(f"{path} was trained on other data: {name.replace('_', ' ')} differ{values}")
 
 
+def refuse_other_classes(stored: list[str], class_names: list[str], data_dir: Path, path: Path) -> None:
+    """Raise UserError if a network is to be used on pictures of other classes than it was trained on."""
+    if class_names != stored:
+        raise UserError(f"{data_dir} has other classes than those that {path} was trained on")
+
+
 # --- meters and logs
 
 
