@@ -31,8 +31,8 @@ COLUMNS = {
     "mean of 7": "policy mean of 7 accuracy",
     "1st on dog": "glimpse 1 deterministic on dog",
     "2nd on dog": "glimpse 2 deterministic on dog",
-    "1st on dog, one trajectory": "glimpse 1 one trajectory on dog",
-    "2nd on dog, one trajectory": "glimpse 2 one trajectory on dog",
+    "1st, sampled": "glimpse 1 one trajectory on dog",
+    "2nd, sampled": "glimpse 2 one trajectory on dog",
 }
 
 
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
     args = parser.parse_args(argv)
     seeds = [measure(args.data_dir, args.out, seed) for seed in args.seeds]
-    print(f"\n| in %, mean and deviation of seeds {args.seeds} | {' | '.join(COLUMNS)} |")
+    print(f"\n| in % | {' | '.join(COLUMNS)} |")
     print("|---" * (len(COLUMNS) + 1) + "|")
     for row in ROWS:
         cells = []
