@@ -337,7 +337,7 @@ def look_at(
     file: Path, model: RecurrentAttention, noise: Tensor, policy: str, machine: utils.Machine
 ) -> tuple[Tensor, Rollout]:
     """Canvas [3, S, S] and rollout, on the CPU, of one picture. noise: [1, M, T, 2]."""
-    canvas = crop_to_canvas(read_picture(file), model.glimpse.canvas_size)
+    canvas = crop_to_canvas(read_picture(file, model.glimpse.canvas_size), model.glimpse.canvas_size)
     net = utils.MixedPrecision(model, machine)
     rollout = net(canvas.unsqueeze(0).to(machine.device), noise.to(machine.device), policy)
     return canvas, Rollout(*(value.cpu() for value in rollout))

@@ -14,9 +14,11 @@ import dataset
 from dataset import DataError, PictureList, TrainSampler, make_loader, read_list, split_list
 from glimpse import build_pyramid, extract_patches
 
+WHOLE = 2**14  # a canvas so large that no JPEG is decoded at less than its size
 
-def load(path: Path, size: int = 32) -> np.ndarray:
-    return dataset.crop_to_canvas(dataset.read_picture(path), size).permute(1, 2, 0).numpy()
+
+def load(path: Path, size: int = 32, decoded_for: int = WHOLE) -> np.ndarray:
+    return dataset.crop_to_canvas(dataset.read_picture(path, decoded_for), size).permute(1, 2, 0).numpy()
 
 
 def test_list_in_the_official_format(make_data) -> None:
@@ -134,9 +136,22 @@ def test_unreadable_pictures_are_named(tmp_path: Path) -> None:
     for name, content in (("empty.jpg", b""), ("text.jpg", b"hello"), ("cut.jpg", good.read_bytes()[:400])):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=f"{name} cannot be read"):
-            dataset.read_picture(tmp_path / name)
+            dataset.read_picture(tmp_path / name, 32)
     with pytest.raises(DataError, match="gone.jpg not found"):
-        dataset.read_picture(tmp_path / "gone.jpg")
+        dataset.read_picture(tmp_path / "gone.jpg", 32)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_jpegs_are_decoded_at_less_than_their_size(tmp_path: Path, orientation: int) -> None:
+    path = tmp_path / "photo.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    draw_picture(np.random.default_rng(0), 500, 375).save(path, quality=95, exif=exif)
+    turned = (lambda width, height: (height, width)) if orientation == 6 else (lambda *size: size)
+    for size, decoded in ((40, (63, 47)), (96, (250, 188)), (187, (250, 188)), (188, (500, 375))):
+        assert dataset.read_picture(path, size).size == turned(*decoded)
+    for size in (40, 96):
+        assert abs(load(path, size, decoded_for=size).astype(int) - load(path, size)).mean() < 3
 
 
 def test_crops_are_square_inside_and_both_ways(tmp_path: Path) -> None:
@@ -204,7 +219,7 @@ def test_validation_pictures_are_middle_crops_in_order(make_data) -> None:
     _, loader = dataset.make_training_loaders(train, valid, rank=0, world_size=1, **keywords)
     canvas = torch.cat([canvas for canvas, _ in loader])
     assert dataset.describe_data(train, valid)["validation pictures"] == len(valid.files) == 6
-    expected = [dataset.crop_to_canvas(dataset.read_picture(file), 32) for file in valid.files]
+    expected = [dataset.crop_to_canvas(dataset.read_picture(file, 32), 32) for file in valid.files]
     assert torch.equal(canvas, torch.stack(expected))
     shares = [dataset.make_training_loaders(train, valid, rank=r, world_size=4, **keywords)[1] for r in range(4)]
     parts = [torch.cat([canvas for canvas, _ in share]) for share in shares]
