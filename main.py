@@ -183,14 +183,19 @@ def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     return {name: value.item() for name, value in means.items()}
 
 
-def build_model(settings: dict[str, Any], n_classes: int, path: Path) -> RecurrentAttention:
-    """The network that a run's settings describe, with fresh weights. Raises UserError if there is no such network.
+def build_model(
+    settings: dict[str, Any], n_classes: int, path: Path, pretrained: dict[str, Tensor] | None = None
+) -> RecurrentAttention:
+    """The network that a run's settings describe, with fresh weights but for those of a pre-trained backbone.
 
-    path: the checkpoint that the settings come from.
+    path: the checkpoint that settings and backbone come from. Raises UserError if they make no network.
     """
     keywords = {name: settings[name] for name in ("patch_size", *MODEL_DEFAULTS)}
     try:
-        return RecurrentAttention(backbone=build_backbone(settings["arch"]), n_classes=n_classes, **keywords)
+        backbone = build_backbone(settings["arch"])
+        if pretrained is not None:
+            utils.load_state(backbone.load_state_dict, pretrained, path)
+        return RecurrentAttention(backbone=backbone, n_classes=n_classes, **keywords)
     except (RuntimeError, TypeError, ValueError) as error:
         raise utils.UserError(f"{path} describes no network that can be built: {error}") from error
 
@@ -253,9 +258,8 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     )
 
     torch.manual_seed(flags["seed"])
-    model = build_model(settings, len(data["class_names"]), source_path)
-    if last is None:
-        utils.load_state(model.glimpse.backbone.load_state_dict, source["model_dict"], source_path)
+    pretrained = source["model_dict"] if last is None else None
+    model = build_model(settings, len(data["class_names"]), source_path, pretrained)
     model.to(machine.device, memory_format=torch.channels_last)
     groups = [{"params": parameters} for parameters in model.parameter_groups()]
     optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999))
