@@ -261,8 +261,7 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     pretrained = source["model_dict"] if last is None else None
     model = build_model(settings, len(data["class_names"]), source_path, pretrained)
     model.to(machine.device, memory_format=torch.channels_last)
-    groups = [{"params": parameters} for parameters in model.parameter_groups()]
-    optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999))
+    optimizer = utils.make_optimizer(*model.parameter_groups())
     first_epoch, best_score = utils.restore(last, last_path, model, optimizer)
     net = utils.wrap(model, machine)
     utils.prepare_folder(args.save_dir)

@@ -150,10 +150,10 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     if last is None:
         load_initial_weights(backbone, args.weights, flags["arch"])
     model.to(machine.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=flags["lr"], betas=(0.5, 0.999))
+    optimizer = utils.make_optimizer(model.parameters())
     first_epoch, best_accuracy = utils.restore(last, last_path, model, optimizer)
     for group in optimizer.param_groups:
-        group["lr"] = flags["lr"]  # not the restored one, if another is given
+        group["lr"] = flags["lr"]
     net = utils.wrap(model, machine)
     utils.prepare_folder(args.save_dir)
     machine.say(utils.describe_run({**vars(args), **flags}, data, model, machine))
