@@ -90,9 +90,9 @@ def extract_patches(pyramid: dict[int, Tensor], location: Tensor, scales: tuple[
 
 def normalize(patches: Tensor) -> Tensor:
     """Subtract the ImageNet mean and divide by its deviation. patches: [..., 3, P, P] in [0, 1]."""
-    mean = torch.tensor(IMAGENET_MEAN, device=patches.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=patches.device).view(3, 1, 1)
-    return (patches - mean) / std
+    # Numbers rather than tensors of constants, for which each call would copy to the GPU and wait.
+    channels = zip(patches.unbind(-3), IMAGENET_MEAN, IMAGENET_STD)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=-3)
 
 
 def to_image(picture: Tensor, side: int) -> Image.Image:

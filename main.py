@@ -104,10 +104,10 @@ def train_one_epoch(
     net.train()
     meter = utils.Meter()
     with utils.progress(title, loader, machine) as bar:
-        for (canvas, labels), eps in zip(loader, noise.split(loader.batch_size)):
+        for (canvas, labels), eps in zip(loader, noise.to(machine.device).split(loader.batch_size)):
             canvas = canvas.to(machine.device, non_blocking=True)  # [B, 3, S, S]
             labels = labels.to(machine.device, non_blocking=True)  # [B]
-            rollout = net(canvas, eps.to(machine.device, non_blocking=True), policy)
+            rollout = net(canvas, eps, policy)
             terms = attention_loss(rollout, labels, supervision)
             loss = sum(terms)
             optimizer.zero_grad()
@@ -147,16 +147,19 @@ def evaluate(
     """What the classifier says of each picture of a list, in its order, each picture once."""
     net = utils.for_evaluation(net)
     batches, meter = [], utils.Meter()
+    share = noise[machine.rank :: machine.world_size].to(machine.device)
     with utils.progress(title, loader, machine) as bar:
-        for (canvas, labels), eps in zip(loader, noise[machine.rank :: machine.world_size].split(loader.batch_size)):
-            rollout = net(canvas.to(machine.device, non_blocking=True), eps.to(machine.device), policy)
-            batches.append(Answers(rollout.logits[:, :, -1].softmax(-1).cpu(), rollout.location.cpu(), labels))
+        for (canvas, labels), eps in zip(loader, share.split(loader.batch_size)):
+            canvas = canvas.to(machine.device, non_blocking=True)  # [B, 3, S, S]
+            labels = labels.to(machine.device, non_blocking=True)  # [B]
+            rollout = net(canvas, eps, policy)
+            batches.append(Answers(rollout.logits[:, :, -1].softmax(-1), rollout.location, labels))
             mean = batches[-1].probabilities.mean(1)  # [B, C]
             accuracy = (mean.argmax(-1) == labels).float().mean()
             meter.update(len(labels), loss=F.nll_loss(mean.log(), labels), accuracy=accuracy)
             if bar.update(len(labels) * machine.world_size):
                 bar.set_postfix_str(str(meter), refresh=False)
-    return Answers(*(utils.gather(torch.cat(parts), machine) for parts in zip(*batches)))
+    return Answers(*(utils.gather(torch.cat(parts).cpu(), machine) for parts in zip(*batches)))
 
 
 def by_kind(values: Tensor, policy: str) -> dict[str, Tensor]:

@@ -22,12 +22,6 @@ HEADS = ("12", "13", "23", "123")  # the resolutions that each pre-training head
 POLICIES = ("learned", "center", "random")
 SUPERVISIONS = ("each", "last")
 PATCHES_PER_PASS = 256  # bounds the memory that many trajectories take: 0.6 GB for a float32 stem at P = 96
-QUADRANT_CENTERS = (
-    (-1.0, -1.0),
-    (1.0, -1.0),
-    (-1.0, 1.0),
-    (1.0, 1.0),
-)  # top left, top right, bottom left, bottom right
 
 
 def build_backbone(arch: str) -> nn.Sequential:
@@ -189,9 +183,11 @@ class Rollout(NamedTuple):
 
 
 def location_mean(attention: Tensor) -> Tensor:
-    """Mean gaze before squashing: the centres of the quadrants weighted by attention. [..., 4] -> [..., 2]."""
-    centers = torch.tensor(QUADRANT_CENTERS, device=attention.device)
-    return (attention.unsqueeze(-1) * centers).sum(-2)  # no matrix product: autocast would round it to bfloat16
+    """Mean gaze before squashing: the corners of the picture weighted by attention. [..., 4] -> [..., 2]."""
+    top_left, top_right, bottom_left, bottom_right = attention.unbind(-1)
+    x = top_right + bottom_right - top_left - bottom_left
+    y = bottom_left + bottom_right - top_left - top_right
+    return torch.stack([x, y], dim=-1)
 
 
 def gaussian_log_prob(sample: Tensor, mean: Tensor, std_dev: float) -> Tensor:

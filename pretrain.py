@@ -106,13 +106,14 @@ def evaluate(net: nn.Module, loader: DataLoader, machine: utils.Machine, title: 
     answers, truth, meter = [], [], utils.Meter()
     with utils.progress(title, loader, machine) as bar:
         for canvas, labels in loader:
-            answers.append(net(canvas.to(machine.device, non_blocking=True)).cpu())  # [B, 4, C]
-            truth.append(labels)
-            loss = pretrain_loss(answers[-1], labels)
-            meter.update(len(labels), loss=loss, **head_accuracies(answers[-1], labels))
+            canvas = canvas.to(machine.device, non_blocking=True)  # [B, 3, S, S]
+            truth.append(labels.to(machine.device, non_blocking=True))  # [B]
+            answers.append(net(canvas))  # [B, 4, C]
+            loss = pretrain_loss(answers[-1], truth[-1])
+            meter.update(len(labels), loss=loss, **head_accuracies(answers[-1], truth[-1]))
             if bar.update(len(labels) * machine.world_size):
                 bar.set_postfix_str(str(meter), refresh=False)
-    logits, labels = utils.gather(torch.cat(answers), machine), utils.gather(torch.cat(truth), machine)
+    logits, labels = (utils.gather(torch.cat(parts).cpu(), machine) for parts in (answers, truth))
     means = {"loss": pretrain_loss(logits, labels), **head_accuracies(logits, labels)}
     return {name: value.item() for name, value in means.items()}
 
