@@ -1,0 +1,448 @@
+"""How near the repository comes to what its backbone allows. Run by hand, on a CPU or a GPU.
+
+Each figure is a ratio of two things timed in turn in this run, the median of several rounds after a warm-up, on
+synthetic JPEGs of 500 x 375 and random weights, which take the same time as real ones. Let the machine be idle.
+"""
+
+import argparse
+import contextlib
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import reference
+from conftest import write_list
+
+import main
+import pretrain
+import utils
+from dataset import PictureDataset, make_loader, read_list
+from glimpse import FULL_SCALE, STARTS, build_pyramid, canvas_size, extract_patches, normalize, patch_scales
+from model import PATCHES_PER_PASS, PretrainNetwork, RecurrentAttention, build_backbone
+
+N_CLASSES = 120
+K, START_SIZE = 2, 2
+N_TRAJECTORIES = 7
+# Of the 2018 code on two cores in float32, the same work: seconds and peak memory in GB.
+IN_2018 = {"pretrain 128 + 64": (80, 5.0), "train 128 + 19": (74, 2.8), "test 64": (134, 5.1)}
+TIMES_FASTER = {"fp32": (1.2, 2.5, 3.2), "bf16": (2.5, 4.5, 6.5)}
+
+
+class Setting(NamedTuple):
+    """What is measured, and on what."""
+
+    data_dir: Path  # of pictures to load
+    machine: utils.Machine
+    arch: str
+    patch_size: int
+    rounds: int
+    batch_sizes: dict[str, int]  # of each script's step
+
+
+class Figure(NamedTuple):
+    """A row of the table."""
+
+    part: str
+    what: str
+    value: float
+    target: str
+    detail: str
+
+
+# --- measuring
+
+
+def seconds(function: Callable[[], Any], machine: utils.Machine) -> float:
+    """How long a call takes, until the GPU has finished too."""
+    if machine.gpus:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if machine.gpus:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def in_turn(setting: Setting, *functions: Callable[[], Any]) -> list[list[float]]:
+    """Seconds of each function in each round, after one that does not count."""
+    rounds = [[seconds(function, setting.machine) for function in functions] for _ in range(setting.rounds + 1)]
+    return rounds[1:]
+
+
+def median_ratio(rounds: list[list[float]], ratio: Callable[..., float]) -> float:
+    """Median over the rounds of a ratio of their seconds."""
+    return statistics.median(ratio(*times) for times in rounds)
+
+
+def milliseconds(rounds: list[list[float]], *names: str, per: int = 1) -> str:
+    """Median time of each function in words."""
+    medians = [statistics.median(times) for times in zip(*rounds)]
+    return ", ".join(f"{name} {1000 * value / per:.3g} ms" for name, value in zip(names, medians))
+
+
+def peak_memory(machine: utils.Machine) -> float:
+    """Largest memory that this process has held so far, in GB: of the GPU if it uses one."""
+    if machine.gpus:
+        return torch.cuda.max_memory_reserved() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def in_new_process(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Call a function where nothing has taken memory before."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        return pool.submit(function, *inputs).result()
+
+
+# --- what is measured
+
+
+def write_pictures(data_dir: Path, breed: str, n_train: int, n_test: int) -> None:
+    """A data set of one breed of 500 x 375 JPEGs, which are as large as photographs: about 50 kB each."""
+    rng = np.random.default_rng(0)
+    folder = f"n00000001-{breed}"
+    (data_dir / "Images" / folder).mkdir(parents=True)
+    for split, count in (("train", n_train), ("test", n_test)):
+        names = [f"{folder}/{split}_{i}.jpg" for i in range(count)]
+        for name in names:
+            picture = np.zeros((375, 500, 3))
+            for side, weight in ((6, 0.6), (50, 0.25), (200, 0.15)):
+                coarse = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+                picture += weight * np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC))
+            Image.fromarray(picture.astype(np.uint8)).save(data_dir / "Images" / name, quality=88)
+        write_list(data_dir / "lists" / f"{split}_list.mat", names, [1] * count)
+
+
+def random_canvases(setting: Setting, n_pictures: int, start_size: int) -> torch.Tensor:
+    """uint8 [N, 3, S, S] of noise."""
+    side = canvas_size(setting.patch_size, start_size)
+    return torch.randint(0, 256, (n_pictures, 3, side, side), dtype=torch.uint8)
+
+
+def random_patches(setting: Setting, n_patches: int) -> torch.Tensor:
+    """Patches [N, 3, P, P] as the backbone likes them best, on the device."""
+    patches = torch.randn(n_patches, 3, setting.patch_size, setting.patch_size, device=setting.machine.device)
+    return patches.contiguous(memory_format=torch.channels_last)
+
+
+def make_classifier(setting: Setting, k: int, start_size: int, n_glimpses: int) -> RecurrentAttention:
+    """The network of main.py at its default sizes, with random weights."""
+    net = RecurrentAttention(
+        backbone=build_backbone(setting.arch),
+        n_classes=N_CLASSES,
+        patch_size=setting.patch_size,
+        **{**main.MODEL_DEFAULTS, "k": k, "start_size": start_size, "n_glimpses": n_glimpses},
+    )
+    return net.to(setting.machine.device, memory_format=torch.channels_last)
+
+
+def make_step(
+    setting: Setting,
+    job: str,
+    batch_size: int,
+    k: int = K,
+    start_size: int = START_SIZE,
+    n_glimpses: int = 1,
+    n_trajectories: int = N_TRAJECTORIES,
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """One step of a job on a batch in memory, by the very function of its script; and its backbone passes alone.
+
+    job: "pretrain", "train" or "test".
+    """
+    machine = setting.machine
+    canvas = random_canvases(setting, batch_size, STARTS[0] if job == "pretrain" else start_size)
+    loader = DataLoader(TensorDataset(canvas, torch.randint(0, N_CLASSES, (batch_size,))), batch_size=batch_size)
+    if job == "pretrain":
+        backbone = build_backbone(setting.arch)
+        model = PretrainNetwork(backbone=backbone, n_classes=N_CLASSES, patch_size=setting.patch_size)
+        model.to(machine.device, memory_format=torch.channels_last)
+        optimizer = utils.make_optimizer(model.parameters())
+        net = utils.wrap(model, machine)
+        patches = [random_patches(setting, batch_size) for _ in STARTS]
+        bare = utils.MixedPrecision(backbone, machine)
+
+        def train_passes() -> None:
+            backbone.zero_grad()
+            sum(bare(some).float().mean() for some in patches).backward()
+
+        return lambda: pretrain.train_one_epoch(net, loader, optimizer, machine, job), train_passes
+
+    model = make_classifier(setting, k, start_size, n_glimpses)
+    net, bare = utils.wrap(model, machine), utils.MixedPrecision(model.glimpse.backbone, machine)
+    n_samples = n_trajectories if job == "test" else 0
+    noise = main.evaluation_noise("learned", batch_size, n_samples, n_glimpses, seed=0)
+    context = random_patches(setting, batch_size)
+    glimpses = random_patches(setting, batch_size * noise.shape[1] * k).split(PATCHES_PER_PASS)
+
+    @torch.no_grad()
+    def passes() -> None:
+        bare(context)
+        for _ in range(n_glimpses):
+            for some in glimpses:
+                bare(some)
+
+    if job == "test":
+        return lambda: main.evaluate(net, loader, noise, "learned", machine, job), passes
+    optimizer = utils.make_optimizer(*model.parameter_groups())
+    return lambda: main.train_one_epoch(net, loader, noise, "learned", "each", optimizer, machine, job), passes
+
+
+def measure_loader(setting: Setting) -> list[Figure]:
+    """The loader with one worker, over a bare loop of PIL."""
+    pictures, side = read_list(setting.data_dir, "train"), canvas_size(setting.patch_size, START_SIZE)
+    n_pictures = len(pictures.files)
+    loader = make_loader(pictures, range(n_pictures), canvas_size=side, batch_size=32, num_workers=1)
+
+    def ours() -> None:
+        for _ in loader:
+            pass
+
+    def bare() -> None:
+        for file in pictures.files:
+            image = Image.open(file).convert("RGB")
+            square = min(image.size)
+            left, top = (image.width - square) // 2, (image.height - square) // 2
+            image.crop((left, top, left + square, top + square)).resize((side, side), Image.Resampling.BILINEAR)
+
+    rounds = in_turn(setting, ours, bare)
+    value = median_ratio(rounds, lambda ours, bare: bare / ours)
+    return [
+        Figure("loader", "speed over a bare loop", value, ">= 0.9", milliseconds(rounds, "a picture", per=n_pictures))
+    ]
+
+
+def measure_retina(setting: Setting) -> list[Figure]:
+    """Pyramid and glimpses, over the backbone passes that they feed."""
+    n_pictures, scales = 64, patch_scales(K, START_SIZE)
+    canvas = random_canvases(setting, n_pictures, START_SIZE).to(setting.machine.device)
+    location = torch.rand(n_pictures, 1, 2, device=setting.machine.device) * 2 - 1
+    backbone = build_backbone(setting.arch).requires_grad_(False).eval()
+    bare = utils.MixedPrecision(backbone.to(setting.machine.device, memory_format=torch.channels_last), setting.machine)
+    context, patches = random_patches(setting, n_pictures), random_patches(setting, n_pictures * K)
+
+    def retina() -> None:
+        pyramid = build_pyramid(canvas, scales, setting.patch_size)
+        normalize(extract_patches(pyramid, torch.zeros_like(location), (FULL_SCALE,), setting.patch_size))
+        normalize(extract_patches(pyramid, location, scales, setting.patch_size))
+
+    def passes() -> None:
+        bare(context)
+        bare(patches)
+
+    rounds = in_turn(setting, retina, passes)
+    value = median_ratio(rounds, lambda retina, passes: retina / passes)
+    detail = milliseconds(rounds, "retina", "passes") + f" for {n_pictures} pictures"
+    return [Figure("retina", "time over the backbone's", value, "<= 0.05", detail)]
+
+
+def measure_steps(setting: Setting) -> list[Figure]:
+    """The backbone passes of each script's step, over the whole step."""
+    figures = []
+    for job, batch_size in setting.batch_sizes.items():
+        rounds = in_turn(setting, *make_step(setting, job, batch_size))
+        value = median_ratio(rounds, lambda step, passes: passes / step)
+        detail = milliseconds(rounds, "step", "passes") + f" for {batch_size} pictures"
+        figures.append(Figure(f"{job} step", "share of the backbone", value, ">= 0.90", detail))
+    return figures
+
+
+def measure_end_to_end(setting: Setting) -> list[Figure]:
+    """An epoch of main.py from files, over the longer of loading and computing alone."""
+    machine, pictures = setting.machine, read_list(setting.data_dir, "train")
+    side, n_pictures = canvas_size(setting.patch_size, START_SIZE), len(pictures.files)
+    num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    loader = make_loader(pictures, range(n_pictures), canvas_size=side, **machine.loading(32, min(num_workers, 16)))
+    in_memory = DataLoader(TensorDataset(*map(torch.cat, zip(*loader))), batch_size=32)
+    model = make_classifier(setting, K, START_SIZE, 1)
+    net, optimizer = utils.wrap(model, machine), utils.make_optimizer(*model.parameter_groups())
+    noise = torch.randn(n_pictures, 1, 1, 2)
+
+    def load() -> None:
+        for _ in loader:
+            pass
+
+    def train(source: DataLoader) -> None:
+        main.train_one_epoch(net, source, noise, "learned", "each", optimizer, machine, "epoch")
+
+    rounds = in_turn(setting, lambda: train(loader), load, lambda: train(in_memory))
+    value = median_ratio(rounds, lambda epoch, load, compute: epoch / max(load, compute))
+    detail = milliseconds(rounds, "epoch", "loading", "computing") + f" for {n_pictures} pictures"
+    return [Figure("end to end", "epoch over its longer half", value, "<= 1.1", detail)]
+
+
+def measure_reference(setting: Setting) -> list[Figure]:
+    """The retina made with PIL, over ours, for one glimpse and the context."""
+    pictures, side = read_list(setting.data_dir, "test"), canvas_size(setting.patch_size, START_SIZE)
+    n_pictures, scales = len(pictures.files), patch_scales(K, START_SIZE)
+    location = torch.rand(n_pictures, 1, 2) * 2 - 1
+    dataset = PictureDataset(pictures, side)
+    loaded = torch.stack([canvas for canvas, _ in dataset])
+    images = [Image.fromarray(canvas.permute(1, 2, 0).numpy()) for canvas in loaded]
+
+    def ours(canvas: torch.Tensor) -> None:
+        pyramid = build_pyramid(canvas.to(setting.machine.device), scales, setting.patch_size)
+        place = location.to(setting.machine.device)
+        extract_patches(pyramid, torch.zeros_like(place), (FULL_SCALE,), setting.patch_size)
+        extract_patches(pyramid, place, scales, setting.patch_size)
+
+    def theirs(image: Image.Image, x: float, y: float) -> None:
+        reference.context(image, setting.patch_size)
+        reference.glimpse(image, x, y, K, START_SIZE, setting.patch_size)
+
+    def ours_from_files() -> None:
+        ours(torch.stack([canvas for canvas, _ in dataset]))
+
+    def theirs_from_files() -> None:
+        for file, place in zip(pictures.files, location[:, 0].tolist()):
+            theirs(Image.open(file).convert("RGB").resize((side, side), Image.Resampling.BILINEAR), *place)
+
+    def theirs_from_memory() -> None:
+        for image, place in zip(images, location[:, 0].tolist()):
+            theirs(image, *place)
+
+    figures = []
+    for what, functions in (
+        ("PIL's time over ours", (lambda: ours(loaded), theirs_from_memory)),
+        ("the same, with decoding", (ours_from_files, theirs_from_files)),
+    ):
+        rounds = in_turn(setting, *functions)
+        detail = milliseconds(rounds, "ours", "PIL", per=n_pictures) + " a picture"
+        figures.append(Figure("reference", what, median_ratio(rounds, lambda ours, pil: pil / ours), "", detail))
+    return figures
+
+
+def run_job(script: str, flags: list[str], machine: utils.Machine) -> tuple[float, float]:
+    """Seconds of a command once everything is imported, and its peak memory in GB."""
+    module = importlib.import_module(script)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        start = time.perf_counter()
+        module.main(flags)
+    return time.perf_counter() - start, peak_memory(machine)
+
+
+def measure_epochs(setting: Setting) -> list[Figure]:
+    """The three jobs that were timed in 2018, against those times."""
+    folder = setting.data_dir.parent
+    write_pictures(folder / "pretrain", "pretrained", 128 + 64, 1)
+    write_pictures(folder / "train", "trained", 128 + 19, 64)
+    save_dir, precision = ["--save_dir", str(folder / "saved")], setting.machine.precision
+    shared = [*save_dir, "--precision", precision, "--device", setting.machine.device.type]
+    backbone = ["--arch", setting.arch, "--patch_size", str(setting.patch_size), "--weights", "none"]
+    once = [*shared, "--batch_size", "16", "--epochs", "1"]
+    pretrain_data, train_data = (["--data_dir", str(folder / name)] for name in ("pretrain", "train"))
+    jobs = (
+        ("pretrain", [*once, *pretrain_data, *backbone, "--valid_size", str(64 / 192)]),
+        ("main", [*once, *train_data, "--valid_size", str(19 / 147)]),
+        ("main", [*shared, *train_data, "--task=test", "--batch_size", "16"]),
+    )
+    figures = []
+    targets = TIMES_FASTER[precision]
+    for (script, flags), (name, (then, memory)), target in zip(jobs, IN_2018.items(), targets):
+        now, peak = in_new_process(run_job, script, flags, setting.machine)
+        figures.append(
+            Figure(name, "times faster than 2018", then / now, f">= {target}", f"{now:.1f} s, then {then} s")
+        )
+        figures.append(Figure(name, "peak memory in GB", peak, f"<= {memory}", f"{memory} GB in 2018"))
+    return figures
+
+
+def measure_one(setting: Setting, job: str, sizes: dict[str, int]) -> tuple[float, float]:
+    """Seconds of a step and the peak memory in GB, where nothing else has run."""
+    step, _ = make_step(setting, job, **sizes)
+    rounds = in_turn(setting._replace(rounds=3), step)
+    return statistics.median(times[0] for times in rounds), peak_memory(setting.machine)
+
+
+def measure_growth(setting: Setting) -> list[Figure]:
+    """Time and memory of a step as one size grows."""
+    of_pretraining, of_training, of_test = setting.batch_sizes.values()
+    plans = (
+        ("pretrain", "batch_size", [of_pretraining * n // 2 for n in (1, 2, 4)], {}),
+        ("train", "batch_size", [of_training * n // 4 for n in (1, 2, 4)], {}),
+        ("train", "k", [1, 2, 3], {"batch_size": of_training // 4, "start_size": 1}),
+        ("train", "n_glimpses", [1, 2, 4], {"batch_size": of_training // 4}),
+        ("test", "n_trajectories", [1, 7, 14], {"batch_size": of_test}),
+    )
+    figures = []
+    for job, name, values, others in plans:
+        for value in values:
+            duration, memory = in_new_process(measure_one, setting, job, {**others, name: value})
+            words = ", ".join(f"{key} {size}" for key, size in others.items())
+            detail = f"{duration:.3g} s a step, {memory:.2f} GB" + (f", {words}" if words else "")
+            figures.append(Figure(f"{job} growth", f"{name} {value}: s", duration, "", detail))
+    return figures
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="what to measure (all)")
+    add("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(%(default)s)")
+    add("--arch", default="resnet50", help="(%(default)s)")
+    add("--patch_size", type=int, default=96, help="(%(default)s)")
+    add("--rounds", type=int, default=5, help="of which the median is taken (%(default)s)")
+    return parser.parse_args(argv)
+
+
+PARTS = {
+    "loader": measure_loader,
+    "retina": measure_retina,
+    "steps": measure_steps,
+    "end_to_end": measure_end_to_end,
+    "reference": measure_reference,
+    "epochs": measure_epochs,
+    "growth": measure_growth,
+}
+
+
+def benchmark(argv: list[str] | None = None) -> None:
+    """Measure, print the table, write the numbers."""
+    args = parse_args(argv)
+    gpus = [0] if args.device != "cpu" and torch.cuda.device_count() else None
+    machine = utils.set_up_machine(args.device, gpus, args.precision)
+    batch_sizes = {"pretrain": 16, "train": 128, "test": 16}
+    if machine.gpus:
+        batch_sizes = {"pretrain": 128, "train": 128, "test": 128}
+    torch.manual_seed(0)
+    cpu = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    place = torch.cuda.get_device_name() if machine.gpus else cpu
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    about = f"{place}, {machine.precision}, {versions}, {args.arch}"
+    print(f"{about}\n\n| part | what | value | target | |\n|---|---|---|---|---|", flush=True)
+    figures = []
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(Path(folder) / "pictures", machine, args.arch, args.patch_size, args.rounds, batch_sizes)
+        write_pictures(setting.data_dir, "timed", 128, 64)
+        for figure in itertools.chain.from_iterable(PARTS[part](setting) for part in args.parts):
+            figures.append(figure._asdict())
+            print(f"| {' | '.join(f'{v:.3g}' if isinstance(v, float) else v for v in figure)} |", flush=True)
+    if args.json:
+        content = {"about": about, "figures": figures}
+        with utils.replacing(args.json, mode="w") as file:
+            json.dump(content, file, indent=1)
+
+
+if __name__ == "__main__":
+    benchmark()
