@@ -5,6 +5,7 @@ column `file_list` of names below Images and the column `labels` counted from 1)
 """
 
 import csv
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -41,13 +42,13 @@ def read_list(data_dir: str | Path, split: str) -> PictureList:
     Raises DataError for a missing folder, a missing or broken list and missing pictures. Opens no picture.
     """
     data_dir = Path(data_dir)
-    if not (data_dir / "Images").is_dir():
+    if not os.path.isdir(data_dir / "Images"):  # unlike Path's own, False for a name that is too long
         raise DataError(
             f"no pictures at {data_dir / 'Images'}: make them with `python data/stanford_dogs.py` (Stanford Dogs) or "
             "`python data/toy_dogs.py` (a small synthetic set in data/toy), or give another --data_dir"
         )
     path = data_dir / "lists" / f"{split}_list.mat"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"list {path} not found: run `python data/stanford_dogs.py` again to fetch the lists")
     try:
         content = loadmat(path, variable_names=["file_list", "labels"])
@@ -68,7 +69,7 @@ def read_list(data_dir: str | Path, split: str) -> PictureList:
     if sorted(folders) != list(range(len(folders))) or len(set(folders.values())) != len(folders):
         raise DataError(f"list {path} is broken: its labels must be 1 to the number of breeds, one for each folder")
     files = [data_dir / "Images" / name for name in names]
-    missing = [str(file) for file in files if not file.is_file()]
+    missing = [str(file) for file in files if not os.path.isfile(file)]
     if missing:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise DataError(f"{len(missing)} of the {len(files)} pictures in {path} are missing: {first}")
@@ -157,7 +158,7 @@ def crop_to_canvas(image: Image.Image, size: int, rng: random.Random | None = No
 
 
 class PictureDataset(Dataset):
-    """Pictures as (uint8 canvas [3, S, S], label). Each is opened and decoded once.
+    """Pictures as (uint8 canvas [3, S, S], label, index in the list). Each is opened and decoded once.
 
     An index gives the middle crop; a pair (index, seed) of `TrainSampler` the crop and mirroring drawn from the seed.
     """
@@ -169,10 +170,10 @@ class PictureDataset(Dataset):
     def __len__(self) -> int:
         return len(self.pictures.files)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int, int]:
         index, rng = (key, None) if isinstance(key, int) else (key[0], random.Random(key[1]))
         image = read_picture(self.pictures.files[index], self.canvas_size)
-        return crop_to_canvas(image, self.canvas_size, rng), self.pictures.labels[index]
+        return crop_to_canvas(image, self.canvas_size, rng), self.pictures.labels[index], index
 
 
 class TrainSampler(Sampler):
@@ -207,7 +208,7 @@ def make_loader(
     pin_memory: bool = False,
     drop_last: bool = False,
 ) -> DataLoader:
-    """Batches of (uint8 [B, 3, S, S], int64 [B]) in the given order, from workers that outlive the epoch.
+    """Batches of (uint8 [B, 3, S, S], int64 [B], int64 [B]) in the given order, from workers that outlive the epoch.
 
     drop_last: leave out a last batch that is not full, unless it is the only one. Raises DataError for an empty order.
     """

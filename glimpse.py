@@ -81,7 +81,9 @@ def extract_patches(pyramid: dict[int, Tensor], location: Tensor, scales: tuple[
     picture = torch.arange(len(location), device=location.device).unsqueeze(1)  # [B, 1]
     patches = []
     for i, scale in enumerate(scales):
-        corner = (boxes[..., i, :2] * canvas_size(patch_size, scale)).round().long() + patch_size // 2
+        side = canvas_size(patch_size, scale)
+        corner = (boxes[..., i, :2] * side).round().long() + patch_size // 2
+        corner = corner.clamp(0, side)  # in it already, unless a network gone wrong looks at NaN: its loss tells
         left, top = corner.unbind(-1)  # [B, M]
         windows = pyramid[scale].unfold(2, patch_size, 1).unfold(3, patch_size, 1)  # a view: [B, 3, y, x, P, P]
         patches.append(windows[picture, :, top, left])  # [B, M, 3, P, P]

@@ -5,6 +5,7 @@ from) and log.csv under --save_dir. The other tasks need saved_model.tar alone.
 """
 
 import argparse
+import csv
 import math
 import random
 import time
@@ -44,6 +45,7 @@ RUN_DEFAULTS = {
     "attention_lr": 1e-4,
     "lr_schedule": "cosine",
 }
+BACKBONE_OF_2018 = {"arch": "resnet50", "patch_size": 96, "data": {}}  # its file holds nothing but the weights
 MAY_CHANGE = ("batch_size", "epochs", "lr", "attention_lr", "lr_schedule")  # on resuming
 USE_DEFAULTS = {name: RUN_DEFAULTS[name] for name in (*MODEL_DEFAULTS, "policy", "batch_size", "seed")}
 
@@ -102,9 +104,8 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """One pass over the training pictures. Returns the means of the loss terms and of the accuracy."""
     net.train()
-    meter = utils.Meter()
-    with utils.progress(title, loader, machine) as bar:
-        for (canvas, labels), eps in zip(loader, noise.to(machine.device).split(loader.batch_size)):
+    with utils.Meter(title, loader, machine, optimizer) as meter:
+        for (canvas, labels, _), eps in zip(loader, noise.to(machine.device).split(loader.batch_size)):
             canvas = canvas.to(machine.device, non_blocking=True)  # [B, 3, S, S]
             labels = labels.to(machine.device, non_blocking=True)  # [B]
             rollout = net(canvas, eps, policy)
@@ -115,9 +116,7 @@ def train_one_epoch(
             optimizer.step()
             accuracy = (rollout.logits[:, :, -1].argmax(-1) == labels.unsqueeze(1)).float().mean()
             meter.update(len(labels), loss=loss, accuracy=accuracy, **terms._asdict())
-            if bar.update(len(labels) * machine.world_size):
-                bar.set_postfix_str(str(meter), refresh=False)
-    return meter.means(machine)
+        return meter.means()
 
 
 def evaluation_noise(policy: str, n_pictures: int, n_samples: int, n_glimpses: int, seed: int) -> Tensor:
@@ -138,28 +137,32 @@ class Answers(NamedTuple):
     probabilities: Tensor  # [N, M, C]
     location: Tensor  # [N, M, T, 2]
     labels: Tensor  # [N]
+    index: Tensor  # [N], in the list of pictures
 
 
 @torch.no_grad()
 def evaluate(
     net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, machine: utils.Machine, title: str
 ) -> Answers:
-    """What the classifier says of each picture of a list, in its order, each picture once."""
+    """What the classifier says of each picture of a list, in its order, each picture once.
+
+    Raises UserError if an answer is missing, given twice or not finite.
+    """
     net = utils.for_evaluation(net)
-    batches, meter = [], utils.Meter()
+    batches = []
     share = noise[machine.rank :: machine.world_size].to(machine.device)
-    with utils.progress(title, loader, machine) as bar:
-        for (canvas, labels), eps in zip(loader, share.split(loader.batch_size)):
+    with utils.Meter(title, loader, machine) as meter:
+        for (canvas, labels, index), eps in zip(loader, share.split(loader.batch_size)):
             canvas = canvas.to(machine.device, non_blocking=True)  # [B, 3, S, S]
             labels = labels.to(machine.device, non_blocking=True)  # [B]
             rollout = net(canvas, eps, policy)
-            batches.append(Answers(rollout.logits[:, :, -1].softmax(-1), rollout.location, labels))
+            batches.append(Answers(rollout.logits[:, :, -1].softmax(-1), rollout.location, labels, index))
             mean = batches[-1].probabilities.mean(1)  # [B, C]
             accuracy = (mean.argmax(-1) == labels).float().mean()
             meter.update(len(labels), loss=F.nll_loss(mean.log(), labels), accuracy=accuracy)
-            if bar.update(len(labels) * machine.world_size):
-                bar.set_postfix_str(str(meter), refresh=False)
-    return Answers(*(utils.gather(torch.cat(parts).cpu(), machine) for parts in zip(*batches)))
+    answers = Answers(*(utils.gather(torch.cat(parts).cpu(), machine) for parts in zip(*batches)))
+    utils.check_answers(answers.probabilities, answers.index, len(loader.dataset), title)
+    return answers
 
 
 def by_kind(values: Tensor, policy: str) -> dict[str, Tensor]:
@@ -211,10 +214,10 @@ def load_classifier(
     Raises UserError if there is none, and if the pictures it is to be used on have other classes.
     """
     path = args.save_dir / "saved_model.tar"
-    required = ("model_dict", "arch", "patch_size", "epoch", "data", *USE_DEFAULTS)
+    required = {"model_dict": {}, **BACKBONE_OF_2018, "epoch": 0, **USE_DEFAULTS}
     checkpoint = utils.load_checkpoint(path, required, "train one with `python main.py`, or give its --save_dir")
     flags = utils.settle_flags(vars(args), checkpoint, USE_DEFAULTS, free=("policy", "batch_size", "seed"))
-    class_names = checkpoint["data"]["class_names"]
+    class_names = utils.class_names_of(checkpoint, path)
     if pictures is not None:
         utils.refuse_other_classes(class_names, pictures.class_names, args.data_dir, path)
     model = build_model(checkpoint, len(class_names), path)
@@ -233,7 +236,7 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     last_path, best_path = args.save_dir / "last.tar", args.save_dir / "saved_model.tar"
     log_path = args.save_dir / "log.csv"
     utils.read_log(log_path)  # whatever is wrong with it is better known now than after an epoch
-    last = utils.load_last(last_path, args.resume_training, ("arch", "patch_size", *RUN_DEFAULTS))
+    last = utils.load_last(last_path, args.resume_training, {**BACKBONE_OF_2018, **RUN_DEFAULTS})
     flags = utils.settle_flags(vars(args), last, RUN_DEFAULTS, free=MAY_CHANGE)
     try:
         patch_scales(flags["k"], flags["start_size"])
@@ -241,13 +244,12 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
         raise utils.UserError(f"--k and --start_size: {error}") from None
     source_path = last_path if last else args.backbone or args.save_dir / "pt_glimpse_model.tar"
     source = last or utils.load_checkpoint(
-        source_path, ["model_dict"], "make it with `python pretrain.py`, or see --backbone"
+        source_path, {"model_dict": {}}, "make it with `python pretrain.py`, or see --backbone", BACKBONE_OF_2018
     )
     # A backbone may come from other data, but must not have been trained on what is validated on here.
-    if last or source.get("data", {}).get("class_names") == data["class_names"]:
+    if last or source["data"].get("class_names") == data["class_names"]:
         utils.refuse_other_data(source["data"], data, source_path)
-    # The file of 2018 has no other entry than the weights, which are those of a resnet50 at 96 pixels.
-    settings = {**flags, "arch": source.get("arch", "resnet50"), "patch_size": source.get("patch_size", 96)}
+    settings = {**flags, "arch": source["arch"], "patch_size": source["patch_size"]}
 
     train_loader, valid_loader = make_training_loaders(
         train_list,
@@ -280,37 +282,52 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
             utils.save_checkpoint(best_path, untrained)
         machine.say(f"untrained classifier in {best_path}")
         return
-    for epoch in range(first_epoch, flags["epochs"]):
-        start = time.perf_counter()
-        title = f"epoch {epoch + 1}/{flags['epochs']}"
-        train_loader.sampler.epoch = epoch
-        for group, lr in zip(optimizer.param_groups, (flags["lr"], flags["attention_lr"])):
-            group["lr"] = learning_rate(lr, flags["lr_schedule"], epoch, flags["epochs"])
-        noise = training_noise(data["training pictures"], n_glimpses, seed, epoch, machine)
-        means = train_one_epoch(net, train_loader, noise, policy, flags["supervision"], optimizer, machine, title)
-        answers = evaluate(net, valid_loader, valid_noise, policy, machine, "validation")
-        # Accuracy counts a few pictures and soon stands still; how sure the answers are still tells epochs apart.
-        of_truth = answers.probabilities[torch.arange(len(answers.labels)), 0, answers.labels]
-        valid = {**scores(answers.probabilities, answers.labels), "probability": of_truth.mean().item()}
-        is_best = valid["probability"] > best_score
-        best_score = max(valid["probability"], best_score)
-        if machine.rank == 0:  # what to resume from comes last: whoever is stopped in between repeats the epoch
-            shared = {**settings, "model_dict": utils.cpu_state(model), "epoch": epoch, "data": data}
-            if is_best:
-                utils.save_checkpoint(best_path, {**shared, "accuracy": valid["accuracy"]})
-            utils.log_metrics(log_path, epoch, train=means, valid=valid)
-            state = {"optimizer": optimizer.state_dict(), "best_score": best_score}
-            utils.save_checkpoint(last_path, {**shared, **state})
-        machine.say(
-            f"{title}: train loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; "
-            f"validation accuracy {valid['accuracy']:.3f}, "
-            f"probability {valid['probability']:.3f}{' (best)' if is_best else ''}; "
-            f"{time.perf_counter() - start:.0f} s"
-        )
+    with utils.stoppable(last_path, resumed=last is not None):
+        for epoch in range(first_epoch, flags["epochs"]):
+            start = time.perf_counter()
+            title = f"epoch {epoch + 1}/{flags['epochs']}"
+            train_loader.sampler.epoch = epoch
+            for group, lr in zip(optimizer.param_groups, (flags["lr"], flags["attention_lr"])):
+                group["lr"] = learning_rate(lr, flags["lr_schedule"], epoch, flags["epochs"])
+            noise = training_noise(data["training pictures"], n_glimpses, seed, epoch, machine)
+            means = train_one_epoch(net, train_loader, noise, policy, flags["supervision"], optimizer, machine, title)
+            answers = evaluate(net, valid_loader, valid_noise, policy, machine, "validation")
+            # Accuracy counts a few pictures and soon stands still; how sure the answers are still tells epochs apart.
+            of_truth = answers.probabilities[torch.arange(len(answers.labels)), 0, answers.labels]
+            valid = {**scores(answers.probabilities, answers.labels), "probability": of_truth.mean().item()}
+            is_best = valid["probability"] > best_score
+            best_score = max(valid["probability"], best_score)
+            if machine.rank == 0:  # what to resume from comes last: whoever is stopped in between repeats the epoch
+                shared = {**settings, "model_dict": utils.cpu_state(model), "epoch": epoch, "data": data}
+                if is_best:
+                    utils.save_checkpoint(best_path, {**shared, "accuracy": valid["accuracy"]})
+                utils.log_metrics(log_path, epoch, train=means, valid=valid)
+                state = {"optimizer": optimizer.state_dict(), "best_score": best_score}
+                utils.save_checkpoint(last_path, {**shared, **state})
+            machine.say(
+                f"{title}: train loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; "
+                f"validation accuracy {valid['accuracy']:.3f}, "
+                f"probability {valid['probability']:.3f}{' (best)' if is_best else ''}; "
+                f"{time.perf_counter() - start:.0f} s"
+            )
     machine.say(
         f"best classifier by its mean probability of the true breed, {best_score:.4f} on validation: {best_path}"
     )
     machine.say("next: python main.py --task=test, --task=view_glimpses or --task=predict --images FILE...")
+
+
+def write_predictions(path: Path, pictures: PictureList, answers: Answers, policy: str) -> None:
+    """A table of the best estimate for each picture, and of where the glimpses of its first trajectory were."""
+    *_, probabilities = by_kind(answers.probabilities, policy).values()  # [N, 1, C]
+    values, labels = (part.tolist() for part in probabilities[:, 0].max(-1))
+    places = [f"{axis}_{t + 1}" for t in range(answers.location.shape[2]) for axis in "xy"]
+    with utils.replacing(path, mode="w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "truth", "prediction", "probability", *places])
+        for i, picture in enumerate(pictures.files):
+            names = [pictures.class_names[label] for label in (pictures.labels[i], labels[i])]
+            place = [f"{value:.4f}" for value in answers.location[i, 0].flatten().tolist()]
+            writer.writerow(["/".join(picture.parts[-2:]), *names, f"{values[i]:.4f}", *place])
 
 
 def test(args: argparse.Namespace, machine: utils.Machine) -> None:
@@ -336,6 +353,9 @@ def test(args: argparse.Namespace, machine: utils.Machine) -> None:
             if not kind.startswith("mean"):  # of n trajectories, which look at n places
                 figures = "  ".join(f"{name} {values[kind][..., t].mean():.4f}" for name, values in gaze.items())
                 machine.say(f"glimpse {t + 1:<7}{kind:15} {figures}")
+    if machine.rank == 0:
+        write_predictions(args.save_dir / "predictions.csv", pictures, answers, policy)
+    machine.say(f"the answer for each picture is in {args.save_dir / 'predictions.csv'}")
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> No
                 f"the ImageNet weights of {arch} cannot be downloaded ({error}): give --weights FILE or --weights none"
             ) from error
     else:
-        state = utils.load_checkpoint(Path(weights), (), "--weights takes imagenet, none, or a file")
+        state = utils.load_checkpoint(Path(weights), {}, "--weights takes imagenet, none, or a file")
     utils.load_state(lambda state: load_resnet_weights(backbone, state), state, weights)
 
 
@@ -83,9 +83,8 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """One pass over the training pictures. Returns the mean loss and the heads' accuracies."""
     net.train()
-    meter = utils.Meter()
-    with utils.progress(title, loader, machine) as bar:
-        for canvas, labels in loader:
+    with utils.Meter(title, loader, machine, optimizer) as meter:
+        for canvas, labels, _ in loader:
             canvas = canvas.to(machine.device, non_blocking=True)  # [B, 3, S, S]
             labels = labels.to(machine.device, non_blocking=True)  # [B]
             logits = net(canvas)  # [B, 4, C]
@@ -94,26 +93,26 @@ def train_one_epoch(
             loss.backward()
             optimizer.step()
             meter.update(len(labels), loss=loss, **head_accuracies(logits, labels))
-            if bar.update(len(labels) * machine.world_size):
-                bar.set_postfix_str(str(meter), refresh=False)
-    return meter.means(machine)
+        return meter.means()
 
 
 @torch.no_grad()
 def evaluate(net: nn.Module, loader: DataLoader, machine: utils.Machine, title: str) -> dict[str, float]:
-    """Loss and the heads' accuracies over a list, each picture once whatever the number of processes."""
+    """Loss and the heads' accuracies over a list, each picture once whatever the number of processes.
+
+    Raises UserError if an answer is missing, given twice or not finite.
+    """
     net = utils.for_evaluation(net)
-    answers, truth, meter = [], [], utils.Meter()
-    with utils.progress(title, loader, machine) as bar:
-        for canvas, labels in loader:
+    batches = []
+    with utils.Meter(title, loader, machine) as meter:
+        for canvas, labels, index in loader:
             canvas = canvas.to(machine.device, non_blocking=True)  # [B, 3, S, S]
-            truth.append(labels.to(machine.device, non_blocking=True))  # [B]
-            answers.append(net(canvas))  # [B, 4, C]
-            loss = pretrain_loss(answers[-1], truth[-1])
-            meter.update(len(labels), loss=loss, **head_accuracies(answers[-1], truth[-1]))
-            if bar.update(len(labels) * machine.world_size):
-                bar.set_postfix_str(str(meter), refresh=False)
-    logits, labels = (utils.gather(torch.cat(parts).cpu(), machine) for parts in (answers, truth))
+            labels = labels.to(machine.device, non_blocking=True)  # [B]
+            logits = net(canvas)  # [B, 4, C]
+            batches.append((logits, labels, index))
+            meter.update(len(labels), loss=pretrain_loss(logits, labels), **head_accuracies(logits, labels))
+    logits, labels, index = (utils.gather(torch.cat(parts).cpu(), machine) for parts in zip(*batches))
+    utils.check_answers(logits, index, len(loader.dataset), title)
     means = {"loss": pretrain_loss(logits, labels), **head_accuracies(logits, labels)}
     return {name: value.item() for name, value in means.items()}
 
@@ -159,27 +158,28 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     utils.prepare_folder(args.save_dir)
     machine.say(utils.describe_run({**vars(args), **flags}, data, model, machine))
 
-    for epoch in range(first_epoch, flags["epochs"]):
-        start = time.perf_counter()
-        title = f"epoch {epoch + 1}/{flags['epochs']}"
-        train_loader.sampler.epoch = epoch
-        means = train_one_epoch(net, train_loader, optimizer, machine, title)
-        valid = evaluate(net, valid_loader, machine, "validation")
-        is_best = valid["acc_123"] > best_accuracy
-        best_accuracy = max(valid["acc_123"], best_accuracy)
-        if machine.rank == 0:  # what to resume from comes last: whoever is stopped in between repeats the epoch
-            shared = {**flags, "epoch": epoch, "data": data}
-            if is_best:
-                best = {"model_dict": utils.cpu_state(backbone), "heads": utils.cpu_state(model.heads)}
-                utils.save_checkpoint(best_path, {**best, "accuracy": best_accuracy, **shared})
-            utils.log_metrics(log_path, epoch, train=means, valid=valid)
-            state = {"model_dict": utils.cpu_state(model), "optimizer": optimizer.state_dict()}
-            utils.save_checkpoint(last_path, {**state, "best_score": best_accuracy, **shared})
-        heads = ", ".join(f"{name} {valid['acc_' + name]:.3f}" for name in HEADS)
-        machine.say(
-            f"{title}: train loss {means['loss']:.3f}, accuracy {means['acc_123']:.3f}; "
-            f"validation accuracy {heads}{' (best)' if is_best else ''}; {time.perf_counter() - start:.0f} s"
-        )
+    with utils.stoppable(last_path, resumed=last is not None):
+        for epoch in range(first_epoch, flags["epochs"]):
+            start = time.perf_counter()
+            title = f"epoch {epoch + 1}/{flags['epochs']}"
+            train_loader.sampler.epoch = epoch
+            means = train_one_epoch(net, train_loader, optimizer, machine, title)
+            valid = evaluate(net, valid_loader, machine, "validation")
+            is_best = valid["acc_123"] > best_accuracy
+            best_accuracy = max(valid["acc_123"], best_accuracy)
+            if machine.rank == 0:  # what to resume from comes last: whoever is stopped in between repeats the epoch
+                shared = {**flags, "epoch": epoch, "data": data}
+                if is_best:
+                    best = {"model_dict": utils.cpu_state(backbone), "heads": utils.cpu_state(model.heads)}
+                    utils.save_checkpoint(best_path, {**best, "accuracy": best_accuracy, **shared})
+                utils.log_metrics(log_path, epoch, train=means, valid=valid)
+                state = {"model_dict": utils.cpu_state(model), "optimizer": optimizer.state_dict()}
+                utils.save_checkpoint(last_path, {**state, "best_score": best_accuracy, **shared})
+            heads = ", ".join(f"{name} {valid['acc_' + name]:.3f}" for name in HEADS)
+            machine.say(
+                f"{title}: train loss {means['loss']:.3f}, accuracy {means['acc_123']:.3f}; "
+                f"validation accuracy {heads}{' (best)' if is_best else ''}; {time.perf_counter() - start:.0f} s"
+            )
     machine.say(f"best validation accuracy {best_accuracy:.4f}, backbone in {best_path}; next: python main.py")
 
 
@@ -187,10 +187,10 @@ def test(args: argparse.Namespace, machine: utils.Machine) -> None:
     """Score the four heads of the best backbone on the test list."""
     pictures = read_list(args.data_dir, "test")
     path = args.save_dir / "pt_glimpse_model.tar"
-    required = ("model_dict", "heads", "epoch", "data", *RUN_DEFAULTS)
+    required = {"model_dict": {}, "heads": {}, "epoch": 0, "data": {}, **RUN_DEFAULTS}
     checkpoint = utils.load_checkpoint(path, required, "make one with `python pretrain.py`, or give its --save_dir")
     flags = utils.settle_flags(vars(args), checkpoint, RUN_DEFAULTS, free=utils.TRAIN_DEFAULTS)
-    utils.refuse_other_classes(checkpoint["data"]["class_names"], pictures.class_names, args.data_dir, path)
+    utils.refuse_other_classes(utils.class_names_of(checkpoint, path), pictures.class_names, args.data_dir, path)
     n_classes, side = len(pictures.class_names), canvas_size(flags["patch_size"], STARTS[0])
     try:
         backbone = build_backbone(flags["arch"])
@@ -219,12 +219,12 @@ def whole_picture_features(
     net = utils.MixedPrecision(backbone.eval(), machine)
     loader = make_loader(pictures, range(len(pictures.files)), canvas_size=patch_size, **loading)
     features, truth = [], []
-    with utils.progress("features", loader, machine) as bar:
-        for canvas, labels in loader:
+    with utils.Meter("features", loader, machine) as meter:
+        for canvas, labels, _ in loader:
             picture = normalize(canvas.to(machine.device, non_blocking=True).float() / 255)  # [B, 3, P, P]
             features.append(net(picture).float().mean((2, 3)).cpu())  # [B, D]
             truth.append(labels)
-            bar.update(len(labels))
+            meter.update(len(labels))
     return torch.cat(features), torch.cat(truth)
 
 

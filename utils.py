@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+STEPS_PER_CHECK = 100  # of the loss being finite, for which the device is waited for
 TRAIN_DEFAULTS = {"batch_size": 128, "epochs": 101, "lr": 1e-4, "seed": 0}  # of flags that a checkpoint remembers
 
 
@@ -22,8 +24,23 @@ class UserError(Exception):
     """The user can mend this; the message is one line that names the flag, file or value and says what to do."""
 
 
+class Stopped(KeyboardInterrupt):
+    """The user, or the system, ends the run; the message says what is saved."""
+
+
 def run(main: Callable[[], None], *user_errors: type[Exception]) -> None:
-    """Run a script; a user's mistake (UserError, or one of user_errors) ends it with one line and exit code 1."""
+    """Run a script, and end it with one line where it fails for a reason that the user can mend or has given.
+
+    A user's mistake (UserError, or one of user_errors) has exit code 1, Ctrl-C 130 and SIGTERM 143.
+    """
+
+    def terminate(number: int, frame: object) -> None:
+        nonlocal exit_code
+        exit_code = 128 + number
+        raise KeyboardInterrupt
+
+    exit_code = 128 + signal.SIGINT
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main()
         if dist.is_initialized():  # after an error the other processes may never come to this
@@ -34,8 +51,12 @@ def run(main: Callable[[], None], *user_errors: type[Exception]) -> None:
         sys.exit("error: " + last_line.rpartition(f"{type(error).__name__}: ")[2])
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory: lower --batch_size")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # whoever asks twice waits for the same end
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"stopped{f': {stop}' if isinstance(stop, Stopped) else ''}", file=sys.stderr)
+        sys.exit(exit_code)
 
 
 # --- flags
@@ -237,7 +258,7 @@ def prepare_folder(path: Path) -> None:
     """Make a folder to write to. Raises UserError at once, rather than after an epoch, where that is impossible."""
     with contextlib.suppress(OSError):
         path.mkdir(parents=True, exist_ok=True)
-    if not path.is_dir() or not os.access(path, os.W_OK):
+    if not os.path.isdir(path) or not os.access(path, os.W_OK):
         raise UserError(f"cannot write to the folder {path}: choose another")
 
 
@@ -271,9 +292,15 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         torch.save(content, file)
 
 
-def load_checkpoint(path: Path, required: Iterable[str], hint: str) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Raises UserError if it is missing (with the hint), broken or of another kind."""
-    if not path.is_file():
+def load_checkpoint(
+    path: Path, required: dict[str, Any], hint: str, optional: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Raises UserError if it is missing (with the hint), broken or of another kind.
+
+    required: the entries that it must have, each with a value of the type that the entry has; a number that is
+    positive here is positive there. optional: what the entries that it may lack are then.
+    """
+    if not os.path.isfile(path):  # unlike Path's own, False for a name that is too long
         raise UserError(f"checkpoint {path} not found: {hint}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -284,14 +311,36 @@ def load_checkpoint(path: Path, required: Iterable[str], hint: str) -> dict[str,
     missing = [key for key in required if not isinstance(content, dict) or key not in content]
     if missing:
         raise UserError(f"{path} is not a checkpoint of the expected kind: it has no entry {', '.join(missing)}")
+    content = {**(optional or {}), **content}
+    for key, example in {**required, **(optional or {})}.items():
+        value = content[key]
+        if not isinstance(value, type(example)) or (
+            isinstance(value, int | float) and example > 0 and not 0 < value < 2**32
+        ):
+            raise UserError(f"{path} is not a checkpoint of the expected kind: its entry {key} is {str(value)[:40]!r}")
     return content
 
 
-def load_last(path: Path, resume: bool, settings: Iterable[str]) -> dict[str, Any] | None:
+def load_last(path: Path, resume: bool, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The checkpoint of the last epoch, with these settings in it, or None if a run is not to be resumed."""
-    required = ("model_dict", "optimizer", "epoch", "best_score", "data", *settings)
-    hint = "there is no run to resume, leave --resume_training out"
-    return load_checkpoint(path, required, hint) if resume else None
+    required = {"model_dict": {}, "optimizer": {}, "epoch": 0, "best_score": 0.0, "data": {}, **settings}
+    return load_checkpoint(path, required, "there is no run to resume, leave --resume_training out") if resume else None
+
+
+@contextlib.contextmanager
+def stoppable(last_path: Path, resumed: bool) -> Iterator[None]:
+    """Training within may be stopped at any time: Stopped then says what is saved, and how to go on."""
+
+    def written() -> int:
+        return last_path.stat().st_mtime_ns if last_path.exists() else 0
+
+    before = written()
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if resumed or written() != before:
+            raise Stopped(f"every finished epoch is saved in {last_path}: go on with --resume_training=True") from stop
+        raise Stopped("no epoch was finished, nothing new is saved") from stop
 
 
 def load_state(load: Callable[[dict[str, Any]], Any], state: dict[str, Any], path: Path | str) -> None:
@@ -316,10 +365,18 @@ def restore(
 
 def refuse_other_data(stored: dict[str, Any], data: dict[str, Any], path: Path) -> None:
     """Raise UserError if training would go on with other classes, other list sizes or another split."""
-    for name, value in stored.items():
-        if value != data.get(name):
-            values = "" if name == "class_names" else f" (then {value}, now {data.get(name)}: see --valid_size)"
+    for name, value in data.items():
+        if value != stored.get(name):
+            values = "" if name == "class_names" else f" (then {stored.get(name)}, now {value}: see --valid_size)"
             raise UserError(f"{path} was trained on other data: {name.replace('_', ' ')} differ{values}")
+
+
+def class_names_of(checkpoint: dict[str, Any], path: Path) -> list[str]:
+    """The names of the classes that a checkpoint tells apart. Raises UserError if there are none in it."""
+    names = checkpoint["data"].get("class_names")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is not a checkpoint of the expected kind: it names no classes")
+    return names
 
 
 def refuse_other_classes(stored: list[str], class_names: list[str], data_dir: Path, path: Path) -> None:
@@ -332,34 +389,74 @@ def refuse_other_classes(stored: list[str], class_names: list[str], data_dir: Pa
 
 
 class Meter:
-    """Running means over pictures. Sums stay on the device, so that no training step waits for them."""
+    """Running means over the pictures of one pass, and the bar that shows them.
 
-    def __init__(self) -> None:
+    Sums stay on the device, so that no step waits for them. The bar counts the pictures of all processes; it is silent
+    in a pipe and on all processes but the first. With an optimizer the pass is training, and a mean that is not a
+    finite number ends it.
+    """
+
+    def __init__(
+        self, title: str, loader: DataLoader, machine: Machine, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        self.title, self.machine, self.optimizer = title, machine, optimizer
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.n_pictures = self.n_steps = 0
+        self.n_finite: Tensor | int = 0  # steps before the first mean that was not finite
+        total = min(len(loader.dataset), len(loader) * loader.batch_size * machine.world_size)
+        hidden = True if machine.rank else None  # None: where the output is no terminal
+        self.bar = tqdm(total=total, desc=title, unit=" pictures", leave=False, disable=hidden)
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
 
     def update(self, n_pictures: int, **means: Tensor) -> None:
-        """Add a batch, given its size and the means over it."""
-        self.count += n_pictures
+        """Add a batch, given its size and the means over it. Raises UserError as `require_finite`."""
+        self.n_pictures += n_pictures
+        self.n_steps += 1
         for name, mean in means.items():
             self.sums[name] = self.sums.get(name, 0) + mean.detach().double() * n_pictures
+        if self.optimizer is not None:
+            self.n_finite = self.n_finite + torch.stack(list(self.sums.values())).isfinite().all()
+        refreshed = self.bar.update(n_pictures * self.machine.world_size)
+        if refreshed or self.n_steps % STEPS_PER_CHECK == 0:
+            self.require_finite()
+        if refreshed and self.sums:
+            means = {name: total.item() / self.n_pictures for name, total in self.sums.items()}
+            self.bar.set_postfix_str(", ".join(f"{name} {mean:.3f}" for name, mean in means.items()), refresh=False)
 
-    def means(self, machine: Machine | None = None) -> dict[str, float]:
-        """The means so far, over the pictures of all processes if a machine is given."""
-        totals = torch.stack([*self.sums.values(), next(iter(self.sums.values())).new_tensor(self.count)])
-        if machine is not None and machine.world_size > 1:
+    def require_finite(self) -> None:
+        """Raise UserError if the loss of a training step was not a finite number, naming the first such step."""
+        if self.optimizer is not None and int(self.n_finite) < self.n_steps:
+            rates = sorted({f"{group['lr']:.3g}" for group in self.optimizer.param_groups})
+            raise UserError(
+                f"{self.title}, step {int(self.n_finite) + 1}: the loss is not finite at learning rate "
+                f"{' and '.join(rates)}: lower it; what earlier epochs saved is intact"
+            )
+
+    def means(self) -> dict[str, float]:
+        """The means over the pictures of all processes. Raises UserError as `require_finite`."""
+        self.require_finite()
+        totals = torch.stack([*self.sums.values(), next(iter(self.sums.values())).new_tensor(self.n_pictures)])
+        if self.machine.world_size > 1:
             dist.all_reduce(totals)
         *sums, count = totals.tolist()
         return {name: total / count for name, total in zip(self.sums, sums)}
 
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {mean:.3f}" for name, mean in self.means().items())
 
+def check_answers(answers: Tensor, index: Tensor, n_pictures: int, title: str) -> None:
+    """Raise UserError unless there is one answer, all of it finite, for each picture of a list, in its order.
 
-def progress(title: str, loader: DataLoader, machine: Machine) -> tqdm:
-    """A bar that counts the pictures of all processes; silent in a pipe and on all processes but the first."""
-    n_pictures = min(len(loader.dataset), len(loader) * loader.batch_size * machine.world_size)
-    return tqdm(total=n_pictures, desc=title, unit=" pictures", leave=False, disable=True if machine.rank else None)
+    answers: [N, ...]; index: [N], which pictures they are of.
+    """
+    if index.tolist() != list(range(n_pictures)):
+        twice = len(index) - len(index.unique())
+        raise UserError(f"{title}: {len(index)} answers for {n_pictures} pictures, {twice} of them given twice")
+    if not answers.isfinite().all():
+        raise UserError(f"{title}: the network's answers are not finite: lower --lr; earlier files are intact")
 
 
 def read_log(path: Path) -> list[dict[str, str]]:

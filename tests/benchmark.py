@@ -170,7 +170,10 @@ def make_step(
     """
     machine = setting.machine
     canvas = random_canvases(setting, batch_size, STARTS[0] if job == "pretrain" else start_size)
-    loader = DataLoader(TensorDataset(canvas, torch.randint(0, N_CLASSES, (batch_size,))), batch_size=batch_size)
+    loader = DataLoader(
+        TensorDataset(canvas, torch.randint(0, N_CLASSES, (batch_size,)), torch.arange(batch_size)),
+        batch_size=batch_size,
+    )
     if job == "pretrain":
         backbone = build_backbone(setting.arch)
         model = PretrainNetwork(backbone=backbone, n_classes=N_CLASSES, patch_size=setting.patch_size)
@@ -295,7 +298,7 @@ def measure_reference(setting: Setting) -> list[Figure]:
     n_pictures, scales = len(pictures.files), patch_scales(K, START_SIZE)
     location = torch.rand(n_pictures, 1, 2) * 2 - 1
     dataset = PictureDataset(pictures, side)
-    loaded = torch.stack([canvas for canvas, _ in dataset])
+    loaded = torch.stack([canvas for canvas, *_ in dataset])
     images = [Image.fromarray(canvas.permute(1, 2, 0).numpy()) for canvas in loaded]
 
     def ours(canvas: torch.Tensor) -> None:
@@ -309,7 +312,7 @@ def measure_reference(setting: Setting) -> list[Figure]:
         reference.glimpse(image, x, y, K, START_SIZE, setting.patch_size)
 
     def ours_from_files() -> None:
-        ours(torch.stack([canvas for canvas, _ in dataset]))
+        ours(torch.stack([canvas for canvas, *_ in dataset]))
 
     def theirs_from_files() -> None:
         for file, place in zip(pictures.files, location[:, 0].tolist()):

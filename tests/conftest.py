@@ -1,5 +1,6 @@
 """Synthetic pictures in the official layout, and small networks, for all tests."""
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +10,39 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+import dataset
+import utils
 from model import RecurrentAttention, build_backbone
 
 N_CLASSES = 3
+
+
+def read(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def read_log(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same(ours: object, theirs: object) -> bool:
+    """Equality bit by bit through nested containers."""
+    if isinstance(ours, torch.Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs
+
+
+def fails(script: Callable[[list[str]], None], argv: list[str]) -> str:
+    """The one line with which a script refuses what it was given."""
+    with pytest.raises(SystemExit) as stop:
+        utils.run(lambda: script(argv), dataset.DataError)
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code, stop.value.code
+    return stop.value.code
 
 
 @pytest.fixture(autouse=True)

@@ -174,7 +174,7 @@ def test_full_size_glimpse_is_the_context_after_any_augmentation(make_data) -> N
     """The 2018 code paired a mirrored context with glimpses of the file as it was, from another window."""
     pictures = read_list(make_data(), "train")
     loader = make_loader(pictures, TrainSampler(len(pictures.files), 0), canvas_size=128, batch_size=18, num_workers=0)
-    canvas, _ = next(iter(loader))
+    canvas, *_ = next(iter(loader))
     pyramid = build_pyramid(canvas, (1, 2, 4), 32)
     glimpses = extract_patches(pyramid, torch.zeros(18, 1, 2), (1, 2, 4), 32)[:, 0]
     context = pyramid[4][:, :, 16:-16, 16:-16]
@@ -206,7 +206,7 @@ def test_workers_that_outlive_an_epoch_see_the_next_one(make_data) -> None:
     for number in range(2):
         for loader in loaders:
             loader.sampler.epoch = number
-        here, there = (torch.cat([canvas for canvas, _ in loader]) for loader in loaders)
+        here, there = (torch.cat([canvas for canvas, *_ in loader]) for loader in loaders)
         assert torch.equal(here, there)
         epochs.append(here)
     assert not torch.equal(*epochs)
@@ -217,12 +217,12 @@ def test_validation_pictures_are_middle_crops_in_order(make_data) -> None:
     train, valid = split_list(read_list(make_data(), "train"), 0.3)
     keywords = {"seed": 0, "drop_last": False, "canvas_size": 32, "batch_size": 4, "num_workers": 0}
     _, loader = dataset.make_training_loaders(train, valid, rank=0, world_size=1, **keywords)
-    canvas = torch.cat([canvas for canvas, _ in loader])
+    canvas = torch.cat([canvas for canvas, *_ in loader])
     assert dataset.describe_data(train, valid)["validation pictures"] == len(valid.files) == 6
     expected = [dataset.crop_to_canvas(dataset.read_picture(file, 32), 32) for file in valid.files]
     assert torch.equal(canvas, torch.stack(expected))
     shares = [dataset.make_training_loaders(train, valid, rank=r, world_size=4, **keywords)[1] for r in range(4)]
-    parts = [torch.cat([canvas for canvas, _ in share]) for share in shares]
+    parts = [torch.cat([canvas for canvas, *_ in share]) for share in shares]
     assert [len(part) for part in parts] == [2, 2, 1, 1] and torch.equal(parts[1], canvas[1::4])
 
 
@@ -236,7 +236,7 @@ def test_an_epoch_depends_on_seed_and_epoch_alone(make_data, num_workers: int) -
         sampler.epoch = number
         torch.rand(number + 1)  # whatever else draws from the global state
         batches = list(loader)
-        return torch.cat([canvas for canvas, _ in batches]), torch.cat([labels for _, labels in batches]).tolist()
+        return torch.cat([canvas for canvas, *_ in batches]), torch.cat([labels for _, labels, _ in batches]).tolist()
 
     canvas, labels = epoch(0, 1, num_workers)
     assert torch.equal(canvas, epoch(0, 1, 0)[0]) and sorted(labels) == sorted(pictures.labels)
@@ -254,6 +254,6 @@ def test_processes_share_out_the_same_batches() -> None:
 def test_short_lists_still_make_a_batch(make_data) -> None:
     pictures = read_list(make_data(n_train=2, n_classes=2), "train")
     batches = list(make_loader(pictures, range(4), canvas_size=32, batch_size=9, num_workers=0, drop_last=True))
-    assert [len(labels) for _, labels in batches] == [4]
+    assert [len(labels) for _, labels, _ in batches] == [4]
     batches = list(make_loader(pictures, range(4), canvas_size=32, batch_size=3, num_workers=0))
-    assert [len(labels) for _, labels in batches] == [3, 1]
+    assert [len(labels) for _, labels, _ in batches] == [3, 1]

@@ -1,7 +1,6 @@
 """pretrain.py and main.py as a user runs them, on a few small pictures."""
 
 import contextlib
-import csv
 import io
 import re
 import subprocess
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import toy_table
-from conftest import draw_picture, write_list
+from conftest import draw_picture, fails, read, read_log, same, write_list
 from PIL import Image
 from scipy.io import loadmat
 
@@ -42,34 +41,6 @@ def main_args(make_data, save_dir: Path, tmp_path: Path) -> list[str]:
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 MODEL = ["--rnn_hidden", "16", "--k", "2", "--start_size", "1", "--n_glimpses", "2", "--lr", "0.01"]
-
-
-def read(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
-def read_log(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def same(ours: object, theirs: object) -> bool:
-    """Equality bit by bit through nested containers."""
-    if isinstance(ours, torch.Tensor):
-        return torch.equal(ours, theirs)
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, list | tuple):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return ours == theirs
-
-
-def fails(script: Callable[[list[str]], None], argv: list[str]) -> str:
-    """The one line with which a script refuses what it was given."""
-    with pytest.raises(SystemExit) as stop:
-        utils.run(lambda: script(argv), dataset.DataError)
-    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code, stop.value.code
-    return stop.value.code
 
 
 def refuses(script: Callable[[list[str]], None], argv: list[str], capsys: pytest.CaptureFixture) -> str:
@@ -122,16 +93,24 @@ def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, c
     main.main([*shared, "--task=test", "--n_trajectories=3"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("9 test pictures")
-    assert [re.split("accuracy|off", line)[0].split() for line in lines[1:]] == [
+    assert lines[-1].endswith(f"{out / 'predictions.csv'}")
+    assert [re.split("accuracy|off", line)[0].split() for line in lines[1:-1]] == [
         ["policy", "learned", "deterministic"],
         ["policy", "learned", "one", "trajectory"],
         ["policy", "learned", "mean", "of", "3"],
         *(["glimpse", t, *kind] for t in "12" for kind in (["deterministic"], ["one", "trajectory"])),
     ]
-    for policy, n_lines in (("center", 1), ("random", 2)):
+    for policy, n_lines in (("learned", 3), ("center", 1), ("random", 2)):
         main.main([*shared, "--task=test", f"--policy={policy}"])
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("policy")]
         assert len(lines) == n_lines and all(line.startswith(f"policy {policy}") for line in lines)
+        rows = read_log(out / "predictions.csv")
+        pictures = dataset.read_list(shared[1], "test")
+        assert [row["file"] for row in rows] == ["/".join(file.parts[-2:]) for file in pictures.files]
+        assert [row["truth"] for row in rows] == [pictures.class_names[label] for label in pictures.labels]
+        right = sum(row["truth"] == row["prediction"] for row in rows) / len(rows)
+        assert f"accuracy {right:.4f} " in lines[-1] and all(0 < float(row["probability"]) <= 1 for row in rows)
+        assert (policy == "center") == all(float(row["x_2"]) == float(row["y_2"]) == 0 for row in rows)
 
     main.main([*shared, "--task", "view_glimpses", "--n_samples", "4"])
     assert sorted(path.name for path in (tmp_path / "imgs").iterdir()) == [f"glimpse_{i}.jpg" for i in range(4)]
@@ -707,13 +686,13 @@ def test_test_reports_the_gaze_where_boxes_are_known(
 
     # The first trajectory, deterministic, first looks 0.29 to the left of the middle, then at it; another goes astray.
     location = torch.tensor([[[-0.58, 0.0], [0.0, 0.0]], [[0.0, 0.0], [-0.9, 0.9]]]).expand(9, 2, 2, 2)
-    answers = main.Answers(torch.full((9, 2, 3), 1 / 3), location, torch.tensor(pictures.labels))
+    answers = main.Answers(torch.full((9, 2, 3), 1 / 3), location, torch.tensor(pictures.labels), torch.arange(9))
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(main, "evaluate", lambda *_: answers)
         main.main([*main_args, "--task=test", "--n_trajectories=1"])
     report = capsys.readouterr().out
-    assert report.splitlines()[4:] == [
+    assert report.splitlines()[4:-1] == [
         "glimpse 1      deterministic   off center 0.2900  on dog 0.5556",  # the boxes with left <= 0.2
         "glimpse 1      one trajectory  off center 0.0000  on dog 1.0000",
         "glimpse 2      deterministic   off center 0.0000  on dog 1.0000",

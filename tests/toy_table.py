@@ -46,7 +46,8 @@ def run(script: str, flags: list[str]) -> str:
 def read_report(report: str) -> dict[str, float]:
     """The figures that `--task=test` printed, by "policy <kind of trajectory> <name>", "glimpse <t> <kind> <name>"."""
     figures = {}
-    for line in report.splitlines()[1:]:  # in columns: whose figures, kind of trajectory, figures
+    lines = [line for line in report.splitlines() if line.startswith(("policy", "glimpse"))]
+    for line in lines:  # in columns: whose figures, kind of trajectory, figures
         subject, kind = line[:15].strip(), line[15:31].strip()
         start = f"{subject if subject.startswith('glimpse') else 'policy'} {kind}"
         figures |= {f"{start} {name}": float(x) for name, x in re.findall(r"([a-z]\S.*?) (\d\.\d+)", line[31:])}
