@@ -11,7 +11,7 @@ TEST    = $(RUN) main.py $(SHARED) --task=test
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
-.PHONY: demo toy_table test clean
+.PHONY: demo toy_table test test-slow clean
 
 # Everything that the repository does, on a small synthetic set, in minutes on a CPU.
 demo: $(VENV)/.installed $(TOY)/lists/test_list.mat
@@ -34,7 +34,11 @@ toy_table: $(VENV)/.installed $(TOY)/lists/test_list.mat
 test: $(VENV)/.tools-installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal
+
+# What takes minutes: dozens of kills, hundreds of epochs.
+test-slow: $(VENV)/.tools-installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal -m slow
 
 $(TOY)/lists/test_list.mat: data/toy_dogs.py | $(VENV)/.installed
 	$(RUN) data/toy_dogs.py --data_dir $(TOY)
@@ -45,7 +49,7 @@ $(VENV)/.installed: requirements.txt
 	@touch $@
 
 $(VENV)/.tools-installed: $(VENV)/.installed
-	$(VENV)/bin/pip install pytest==9.2.0 ruff==0.17.6
+	$(VENV)/bin/pip install pytest==9.2.0 pytest-xdist==3.8.0 ruff==0.17.6
 	@touch $@
 
 clean:

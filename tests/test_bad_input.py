@@ -1,0 +1,271 @@
+"""Bad input in bulk: lists, pictures, checkpoints and flags that are wrong end with one line, and damage nothing."""
+
+import argparse
+import math
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_picture, fails, read, write_list
+
+import dataset
+import main
+import pretrain
+import utils
+from dataset import DataError, read_list, read_picture
+
+SMALL = ["--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--precision", "fp32", "--valid_size", "0.3"]
+CLASSIFIER = ["--rnn_hidden", "8", "--k", "1", "--start_size", "4"]
+BACKBONE = ["--arch", "resnet18", "--patch_size", "32", "--weights", "none"]
+
+
+def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of writing of every file below a folder."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(script: ModuleType, argv: list[str], folder: Path) -> str:
+    """The line with which a script refuses what it was given, having written nothing below the folder."""
+    before = snapshot(folder)
+    line = fails(script.main, argv)
+    assert snapshot(folder) == before
+    return line
+
+
+def flipped(content: bytes, rng: random.Random, n_bytes: int = 3) -> bytes:
+    """The same with a few bytes changed anywhere."""
+    damaged = bytearray(content)
+    for _ in range(n_bytes):
+        damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+    return bytes(damaged)
+
+
+# --- pictures
+
+
+def with_size(jpeg: bytes, width: int, height: int) -> bytes:
+    """A JPEG whose header claims another size."""
+    frame = jpeg.index(b"\xff\xc0")
+    return jpeg[: frame + 5] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + jpeg[frame + 9 :]
+
+
+BROKEN_JPEGS: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda jpeg: b"",
+    "cut in the header": lambda jpeg: jpeg[:30],
+    "cut in the picture": lambda jpeg: jpeg[: len(jpeg) * 3 // 4],
+    "zeros": lambda jpeg: bytes(len(jpeg)),
+    "text": lambda jpeg: b"<html>404 not found</html>",
+    "a PNG's header": lambda jpeg: b"\x89PNG\r\n\x1a\n" + jpeg[8:],
+    "no header": lambda jpeg: jpeg[4:],
+    "no tables": lambda jpeg: jpeg.replace(b"\xff\xc4", b"\xff\xfe").replace(b"\xff\xdb", b"\xff\xfe"),
+    "gigantic": lambda jpeg: with_size(jpeg, 65000, 65000),
+    "nothing wide": lambda jpeg: with_size(jpeg, 0, 48),
+}
+
+
+@pytest.fixture
+def trained(make_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags of a folder in which both scripts have trained for an epoch."""
+    monkeypatch.chdir(tmp_path)  # where pictures are drawn
+    shared = ["--data_dir", str(make_data()), "--save_dir", str(tmp_path / "out"), *SMALL]
+    pretrain.main([*shared, *BACKBONE, "--epochs", "1"])
+    main.main([*shared, *CLASSIFIER, "--epochs", "1"])
+    return shared
+
+
+def test_broken_picture_is_named_by_every_task(trained: list[str], tmp_path: Path) -> None:
+    for split, runs in (
+        ("train", [(pretrain, [*trained, *BACKBONE]), (main, [*trained, *CLASSIFIER])]),
+        ("test", [(pretrain, [*trained, "--task=test"]), (main, [*trained, "--task=test"])]),
+    ):
+        victim = sorted(Path(trained[1]).glob(f"Images/*/{split}_*.jpg"))[2]
+        whole = victim.read_bytes()
+        if split == "test":
+            runs.append((main, [*trained, "--task=predict", "--images", str(victim)]))
+        for name, damage in BROKEN_JPEGS.items():
+            victim.write_bytes(damage(whole))
+            for script, argv in runs:
+                line = refused(script, argv, tmp_path)
+                assert line.startswith(f"error: picture {victim} cannot be read ("), (name, line)
+        victim.write_bytes(whole)
+
+
+def test_damaged_pictures_are_read_or_refused(tmp_path: Path) -> None:
+    """Bytes changed at random: Pillow may not notice, but nothing else than a DataError may come of it."""
+    rng, n_refused = random.Random(0), 0
+    for suffix in ("jpg", "png", "gif", "webp", "tiff", "bmp"):
+        path = tmp_path / f"picture.{suffix}"
+        draw_picture(np.random.default_rng(0), 50, 40).save(path)
+        whole = path.read_bytes()
+        for i in range(60):
+            path.write_bytes(flipped(whole, rng) if i % 2 else whole[: rng.randrange(len(whole))])
+            try:
+                assert read_picture(path, 32).mode == "RGB"
+            except DataError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+                n_refused += 1
+    assert n_refused > 150
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (2, 3)])
+def test_pictures_of_any_shape(size: tuple[int, int], tmp_path: Path) -> None:
+    for suffix in ("jpg", "png"):
+        path = tmp_path / f"picture.{suffix}"
+        draw_picture(np.random.default_rng(0), *size).save(path)
+        for rng in (None, random.Random(0)):
+            canvas = dataset.crop_to_canvas(read_picture(path, 64), 64, rng)
+            assert canvas.shape == (3, 64, 64) and canvas.dtype == torch.uint8
+
+
+# --- lists
+
+
+def test_damaged_lists_are_refused(make_data) -> None:
+    """Cut off or overwritten with zeros from anywhere; of other bytes in its middle SciPy's reader may crash."""
+    data_dir = make_data()
+    path, rng = data_dir / "lists" / "train_list.mat", random.Random(0)
+    whole = path.read_bytes()
+    for i in range(200):
+        kept = rng.randrange(len(whole))
+        path.write_bytes(whole[:kept] + bytes(len(whole) - kept) if i % 2 else whole[:kept])
+        with pytest.raises(DataError) as refusal:
+            read_list(data_dir, "train")
+        assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret/a.jpg",
+        "../secret.jpg",
+        "/etc/hostname",
+        "//hostname",
+        "n00000001-toy_breed_1/../secret.jpg",
+        "n00000001-toy_breed_1/..",
+        "n00000001-toy_breed_1/",
+        "train_0.jpg",
+        "",
+        "x" * 300 + "/" + "y" * 300,
+        "n00000001-toy_breed_1/\0.jpg",
+    ],
+)
+def test_names_in_a_list_stay_in_the_data_folder(name: str, make_data, tmp_path: Path) -> None:
+    data_dir = make_data(n_classes=1)
+    (tmp_path / "secret.jpg").write_bytes((data_dir / "Images/n00000001-toy_breed_1/train_0.jpg").read_bytes())
+    path = data_dir / "lists" / "train_list.mat"
+    write_list(path, ["n00000001-toy_breed_1/train_0.jpg", name], [1, 1])
+    argv = ["--data_dir", str(data_dir), "--save_dir", str(tmp_path / "out"), *SMALL]
+    for script, flags in ((pretrain, BACKBONE), (main, CLASSIFIER)):
+        assert str(path) in refused(script, [*argv, *flags], tmp_path)
+
+
+# --- checkpoints
+
+
+WRONG = [None, "text", -1, 2**40, float("nan"), [], {}, {"class_names": [1]}, {"0.weight": 3}]
+
+
+class Code:
+    """What a checkpoint must never run."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("ran",)
+
+
+def runs_of(trained: list[str]) -> dict[str, tuple[ModuleType, list[str]]]:
+    """A run that reads each file that training leaves."""
+    return {
+        "pt_glimpse_model.tar": (pretrain, [*trained, "--task=test"]),
+        "pt_last.tar": (pretrain, [*trained, "--resume_training"]),
+        "saved_model.tar": (main, [*trained, "--task=test"]),
+        "last.tar": (main, [*trained, "--resume_training"]),
+    }
+
+
+def test_broken_checkpoints_are_named(trained: list[str], tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for name, (script, argv) in runs_of(trained).items():
+        path = tmp_path / "out" / name
+        whole = path.read_bytes()
+        broken = [b"", b"text", bytes(1000), *(whole[: rng.randrange(len(whole))] for _ in range(4))]
+        for content in broken:
+            path.write_bytes(content)
+            assert refused(script, argv, tmp_path).startswith(f"error: {path} cannot be read")
+        for content in ([1, 2], "text", torch.zeros(2), {}, {"model_dict": {}}):
+            torch.save(content, path)
+            assert refused(script, argv, tmp_path).startswith(f"error: {path} is not a checkpoint of the expected kind")
+        torch.save({"model_dict": Code()}, path)
+        assert refused(script, argv, tmp_path).startswith(f"error: {path} cannot be read")
+        path.write_bytes(whole)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("n_values", [1, pytest.param(len(WRONG), marks=pytest.mark.slow)])
+def test_wrong_entries_of_checkpoints_are_named(n_values: int, trained: list[str], tmp_path: Path) -> None:
+    """An entry that no run reads, such as the accuracy, may be anything."""
+    rng = random.Random(0)
+    for name, (script, argv) in runs_of(trained).items():
+        path, n_refused = tmp_path / "out" / name, 0
+        whole, good = path.read_bytes(), read(path)
+        for key in good:
+            for value in rng.sample(WRONG, n_values):
+                torch.save({**good, key: value}, path)
+                before = snapshot(tmp_path)
+                try:
+                    utils.run(lambda: script.main([*argv, "--epochs", "1"]), DataError)  # noqa: B023
+                except SystemExit as stop:
+                    assert isinstance(stop.code, str) and "\n" not in stop.code, (name, key, value)
+                    assert str(path) in stop.code or f"--{key}" in stop.code, (name, key, value, stop.code)
+                    assert snapshot(tmp_path) == before
+                    n_refused += 1
+        assert n_refused > n_values * len(good) / 2
+        path.write_bytes(whole)
+
+
+# --- flags
+
+
+@pytest.mark.parametrize("script", [main, pretrain])
+def test_numbers_out_of_any_range(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every flag that takes a number ends with exit code 2 or is a number to compute with."""
+    actions: list[argparse.Action] = []
+    real = argparse.ArgumentParser.add_argument
+    monkeypatch.setattr(
+        argparse.ArgumentParser,
+        "add_argument",
+        lambda *given, **how: actions.append(real(*given, **how)) or actions[-1],
+    )
+    script.parse_args([])
+    numbers = {action.option_strings[0] for action in actions if action.type in (int, float)}
+    assert {"--batch_size", "--epochs", "--lr", "--seed", "--valid_size", "--num_workers"} <= numbers
+    for flag in numbers:
+        n_refused = 0
+        for word in ("", " ", "x", "-1", "-0.5", "nan", "inf", "-inf", "1e999", "0x10", "9" * 40, "1_0", "1,5", "None"):
+            try:
+                value = vars(script.parse_args([f"{flag}={word}"]))[flag[2:]]
+            except SystemExit as stop:
+                assert stop.code == 2
+                n_refused += 1
+            else:
+                assert math.isfinite(value) and value >= 0
+        assert n_refused >= 12, flag
+
+
+def test_paths_that_cannot_be(trained: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "a file"
+    file.write_text("")
+    for path in ("", "x" * 5000, str(file), str(file / "below"), "/proc/nothing"):
+        for script, argv in ((pretrain, BACKBONE), (main, CLASSIFIER)):
+            assert "error: " in refused(script, [*trained, *argv, "--data_dir", path], tmp_path)
+    for path in ("x" * 5000, str(file), str(file / "below"), "/proc/nothing"):
+        assert "error: " in refused(pretrain, [*trained, *BACKBONE, "--save_dir", path], tmp_path)
+        assert "error: " in refused(main, [*trained, "--task=test", "--save_dir", path], tmp_path)
+        assert "error: " in refused(main, [*trained, *CLASSIFIER, "--backbone", path], tmp_path)
+        assert "error: " in refused(main, [*trained, "--task=predict", "--images", path], tmp_path)
+        assert "error: " in refused(main, [*trained, "--task=view_glimpses", "--imgs_dir", path], tmp_path)
+        assert "error: " in refused(pretrain, [*trained, *BACKBONE, "--weights", path], tmp_path)

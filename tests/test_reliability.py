@@ -1,0 +1,371 @@
+"""What a long run survives, and what it never lets pass: kills, signals, full disks, bad numbers, leaks."""
+
+import importlib
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import N_CLASSES, fails, read, read_log, same
+from torch import nn
+
+import dataset
+import main
+import pretrain
+import utils
+from model import RecurrentAttention, attention_loss, build_backbone
+
+SMALL = ["--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--precision", "fp32", "--valid_size", "0.3"]
+CLASSIFIER = ["--rnn_hidden", "16", "--k", "1", "--start_size", "2", "--n_glimpses", "2"]
+BACKBONE = ["--arch", "resnet18", "--patch_size", "32", "--weights", "none"]
+FILES = {
+    "main": ("last.tar", "saved_model.tar", "log.csv"),
+    "pretrain": ("pt_last.tar", "pt_glimpse_model.tar", "pt_log.csv"),
+}
+fork = multiprocessing.get_context("forkserver")
+fork.set_forkserver_preload(["main", "pretrain"])
+
+
+def run_script(script: str, argv: list[str], printed: Path, largest_file: int | None) -> None:
+    """A script as a shell starts it: the leader of a group of processes, its output in a file."""
+    os.setsid()
+    with open(printed, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    torch.set_num_threads(1)
+    utils.run(lambda: importlib.import_module(script).main(argv), dataset.DataError)
+
+
+def start(script: str, argv: list[str], printed: Path, largest_file: int | None = None) -> BaseProcess:
+    """Start a script in a process of its own, where nothing has run before."""
+    process = fork.Process(target=run_script, args=(script, argv, printed, largest_file))
+    process.start()
+    return process
+
+
+def members(group: int) -> list[str]:
+    """Processes of a group that still run: those that have ended and wait for their parent to notice do not count."""
+    table = subprocess.run(["ps", "-A", "-o", "pgid=,stat=,pid="], check=True, capture_output=True, text=True).stdout
+    rows = [line.split() for line in table.splitlines()]
+    return [pid for number, state, pid in rows if int(number) == group and not state.startswith("Z")]
+
+
+def finish(process: BaseProcess) -> int:
+    """Wait for the end, and see that nothing is left of its group."""
+    process.join(60)
+    assert process.exitcode is not None
+    deadline = time.monotonic() + 10
+    while left := members(process.pid):
+        assert time.monotonic() < deadline, f"processes {left} of its group still run"
+    return process.exitcode
+
+
+def wait_for(condition: Callable[[], bool], process: BaseProcess) -> None:
+    """Until the condition holds or the process has ended."""
+    while process.is_alive() and not condition():
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def flags(make_data, tmp_path: Path) -> Callable[[str, Path], list[str]]:
+    """Flags of a run of a script that saves to the folder given; for main.py, with a backbone."""
+    data_dir, backbone = make_data(n_train=3), tmp_path / "backbone.tar"
+    content = {"model_dict": build_backbone("resnet18").state_dict(), "arch": "resnet18", "patch_size": 32}
+    torch.save(content, backbone)
+
+    def make(script: str, save_dir: Path) -> list[str]:
+        own = [*CLASSIFIER, "--backbone", str(backbone)] if script == "main" else BACKBONE
+        return [*own, "--data_dir", str(data_dir), "--save_dir", str(save_dir), *SMALL]
+
+    return make
+
+
+def resumed(argv: list[str]) -> list[str]:
+    """The same flags for a run that goes on; the backbone is in its checkpoint."""
+    words = list(argv)
+    if "--backbone" in words:
+        del words[words.index("--backbone") : words.index("--backbone") + 2]
+    return [*words, "--resume_training"]
+
+
+# --- kills
+
+
+@pytest.mark.parametrize(
+    ("script", "n_kills"),
+    [
+        ("main", 2),
+        ("pretrain", 1),
+        pytest.param("main", 30, marks=pytest.mark.slow),
+        pytest.param("pretrain", 20, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_any_moment_and_resumed_is_never_killed(script: str, n_kills: int, flags, tmp_path: Path) -> None:
+    """Every other kill is timed to hit the writing of a checkpoint."""
+    n_epochs, rng = 4, random.Random(script)
+    straight, printed = tmp_path / "straight", tmp_path / "printed.txt"
+    argv = [*flags(script, straight), "--epochs", str(n_epochs)]
+    begin = time.monotonic()
+    assert finish(start(script, argv, printed)) == 0, printed.read_text()
+    duration = time.monotonic() - begin
+    n_resumed = 0
+    for i in range(n_kills):
+        folder = tmp_path / f"killed_{i}"
+        folder.mkdir()
+        argv = [*flags(script, folder), "--epochs", str(n_epochs)]
+        process = start(script, argv, printed)
+        time.sleep(rng.uniform(0, duration))
+        if i % 2 == 0:
+            wait_for(lambda folder=folder: any(folder.glob("*.tmp")), process)
+            time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        last, best, _ = (folder / name for name in FILES[script])
+        for path in (last, best):
+            if path.exists():
+                assert isinstance(read(path), dict)
+        n_resumed += last.exists()
+        assert finish(start(script, resumed(argv) if last.exists() else argv, printed)) == 0, printed.read_text()
+        for name in FILES[script]:
+            ours, theirs = folder / name, straight / name
+            equal = same(read(ours), read(theirs)) if name.endswith(".tar") else ours.read_text() == theirs.read_text()
+            assert equal, f"{name} after kill {i}"
+    assert n_resumed or n_kills < 10
+
+
+# --- signals
+
+
+@pytest.mark.parametrize(
+    ("script", "number", "exit_code"),
+    [
+        ("main", signal.SIGTERM, 143),
+        ("pretrain", signal.SIGINT, 130),
+        pytest.param("main", signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param("pretrain", signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_by_a_signal(script: str, number: int, exit_code: int, flags, tmp_path: Path) -> None:
+    """Ctrl-C goes to all processes of the terminal, SIGTERM to the one."""
+    folder, printed = tmp_path / "out", tmp_path / "printed.txt"
+    argv = [*flags(script, folder), "--epochs", "1000", "--num_workers", "2"]
+    process = start(script, argv, printed)
+    wait_for(lambda: printed.exists() and "epoch 1/" in printed.read_text(), process)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    assert finish(process) == exit_code
+    *_, line = printed.read_text().splitlines()
+    last = folder / FILES[script][0]
+    assert line == f"stopped: every finished epoch is saved in {last}: go on with --resume_training=True"
+    assert "Traceback" not in printed.read_text() and not list(folder.glob("*.tmp"))
+    n_saved = read(last)["epoch"] + 1
+    process = start(script, [*resumed(argv), "--epochs", str(n_saved + 1)], printed)
+    assert finish(process) == 0 and len(read_log(folder / FILES[script][2])) == n_saved + 1, printed.read_text()
+
+
+def test_stopped_before_anything_is_saved(flags, tmp_path: Path) -> None:
+    folder, printed = tmp_path / "out", tmp_path / "printed.txt"
+    process = start("main", flags("main", folder), printed)
+    wait_for(lambda: printed.exists() and "model " in printed.read_text(), process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish(process) == 143
+    assert printed.read_text().splitlines()[-1] == "stopped: no epoch was finished, nothing new is saved"
+    assert not list(folder.iterdir())
+
+
+# --- the disk
+
+
+@pytest.mark.parametrize("script", ["main", "pretrain"])
+def test_full_disk_leaves_earlier_files(script: str, flags, tmp_path: Path) -> None:
+    """A limit on the size of files refuses the write as a full disk does."""
+    folder, printed = tmp_path / "out", tmp_path / "printed.txt"
+    argv = flags(script, folder)
+    assert finish(start(script, [*argv, "--epochs", "1"], printed)) == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".tar"}
+    assert finish(start(script, [*resumed(argv), "--epochs", "2"], printed, largest_file=10**6)) == 1
+    *_, line = printed.read_text().splitlines()
+    assert line.startswith(f"error: cannot write {folder}/") and line.endswith("earlier files are intact")
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".csv"} == before
+    assert finish(start(script, [*resumed(argv), "--epochs", "2"], printed)) == 0
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize("script", [main, pretrain])
+def test_loss_that_is_not_finite_stops_training(
+    script: ModuleType, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = script.__name__
+    argv = [*flags(name, tmp_path / "out"), "--batch_size", "2"]
+    script.main([*argv, "--epochs", "1"])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    losses = {main: "attention_loss", pretrain: "pretrain_loss"}
+    real, n_calls = getattr(script, losses[script]), 0
+
+    def second_is_infinite(*given: object) -> object:
+        nonlocal n_calls
+        n_calls += 1
+        value, factor = real(*given), float("inf") if n_calls == 2 else 1.0
+        return type(value)(*(term * factor for term in value)) if script is main else value * factor
+
+    monkeypatch.setattr(script, losses[script], second_is_infinite)
+    line = fails(script.main, [*resumed(argv), "--lr", "0.003", "--epochs", "2"])
+    rates = "0.0015 and 5e-05" if script is main else "0.003"  # halfway down the cosine
+    assert line.startswith(f"error: epoch 2/2, step 2: the loss is not finite at learning rate {rates}: "), line
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_network_that_is_not_finite_is_not_saved(flags, tmp_path: Path) -> None:
+    """The last step of an epoch may spoil the weights after its loss was still finite."""
+    argv = flags("pretrain", tmp_path / "out")
+    pretrain.main([*argv, "--epochs", "1"])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    line = fails(pretrain.main, [*resumed(argv), "--lr", "1e9", "--epochs", "2"])
+    assert "validation: the network's answers are not finite" in line
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_first_step_that_is_not_finite_is_named() -> None:
+    loader = torch.utils.data.DataLoader(range(40), batch_size=4)
+    machine = utils.Machine(torch.device("cpu"), [], "fp32", 0, 1)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    with utils.Meter("epoch 7/9", loader, machine, optimizer) as meter:
+        for value in (1.0, 2.0, float("inf"), 3.0):
+            meter.update(4, loss=torch.tensor(value))
+        with pytest.raises(utils.UserError, match=r"epoch 7/9, step 3: the loss is not finite at learning rate 0.5"):
+            meter.means()
+
+
+def test_each_picture_is_answered_for_once() -> None:
+    answers = torch.zeros(3, 2)
+    utils.check_answers(answers, torch.tensor([0, 1, 2]), 3, "test")
+    for index in ([0, 1, 1], [0, 1], [0, 1, 2, 3], [1, 0, 2], [0, 0, 1, 2]):
+        with pytest.raises(utils.UserError, match="test: "):
+            utils.check_answers(torch.zeros(len(index), 2), torch.tensor(index), 3, "test")
+    answers[1, 1] = float("nan")
+    with pytest.raises(utils.UserError, match="not finite"):
+        utils.check_answers(answers, torch.tensor([0, 1, 2]), 3, "test")
+
+
+def test_evaluation_notices_a_picture_seen_twice(make_data, make_model) -> None:
+    pictures = dataset.read_list(make_data(), "test")
+    machine = utils.Machine(torch.device("cpu"), [], "fp32", 0, 1)
+    backbone = pretrain.PretrainNetwork(backbone=build_backbone("resnet18"), n_classes=N_CLASSES, patch_size=32)
+    noise = torch.zeros(9, 1, 2, 2)
+    for order in ([0, 1, 2, 3, 4, 5, 6, 7, 7], range(8)):
+        loader = dataset.make_loader(pictures, order, canvas_size=128, batch_size=4, num_workers=0)
+        with pytest.raises(utils.UserError, match="answers for 9 pictures"):
+            main.evaluate(make_model(), loader, noise[: len(order)], "learned", machine, "test")
+        with pytest.raises(utils.UserError, match="answers for 9 pictures"):
+            pretrain.evaluate(backbone, loader, machine, "test")
+
+
+def gradients(rank: int, world_size: int, net: RecurrentAttention, folder: Path) -> None:
+    """Gradients of one step on this process's half of a fixed batch, averaged over the processes."""
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    machine = utils.Machine(torch.device("cpu"), [], "fp32", rank, world_size)
+    generator = torch.Generator().manual_seed(0)
+    canvas = torch.randint(0, 256, (8, 3, 128, 128), dtype=torch.uint8, generator=generator)
+    noise = torch.randn(8, 1, 2, 2, generator=generator)
+    labels = torch.arange(8) % N_CLASSES
+    wrapped = utils.wrap(net, machine)  # named, or the backward pass would find it gone
+    rollout = wrapped(canvas[rank::world_size], noise[rank::world_size])
+    sum(attention_loss(rollout, labels[rank::world_size], "each")).backward()
+    if rank == 0:
+        content = {name: value.grad for name, value in net.named_parameters() if value.grad is not None}
+        torch.save(content, folder / f"gradients_{world_size}.tar")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def test_two_processes_give_the_gradient_of_one(make_model, tmp_path: Path) -> None:
+    net = make_model()
+    for world_size in (1, 2):
+        processes = [
+            fork.Process(target=gradients, args=(rank, world_size, net, tmp_path)) for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0
+    alone, together = (read(tmp_path / f"gradients_{world_size}.tar") for world_size in (1, 2))
+    assert alone.keys() == together.keys() and any(value.abs().max() > 1e-3 for value in alone.values())
+    for name, value in alone.items():
+        assert torch.allclose(value, together[name], atol=1e-6, rtol=0), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_gradient_of_one(make_model) -> None:
+    grads = []
+    canvas = torch.randint(0, 256, (8, 3, 128, 128), dtype=torch.uint8, device="cuda")
+    noise, labels = torch.randn(8, 1, 2, 2, device="cuda"), (torch.arange(8) % N_CLASSES).cuda()
+    net = make_model().cuda()
+    for gpus in ([0], [0, 1]):
+        net.zero_grad()
+        machine = utils.Machine(torch.device("cuda", 0), gpus, "fp32", 0, 1)
+        sum(attention_loss(utils.wrap(net, machine)(canvas, noise), labels, "each")).backward()
+        grads.append({name: value.grad.clone() for name, value in net.named_parameters() if value.grad is not None})
+    for name, value in grads[0].items():
+        assert torch.allclose(value, grads[1][name], atol=1e-6, rtol=0), name
+
+
+# --- long runs
+
+
+def resident(pid: int) -> int:
+    """Resident memory of a process in kB."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("num_workers", ["0", "2"])
+def test_200_epochs_leak_nothing(num_workers: str, flags, tmp_path: Path) -> None:
+    folder, printed = tmp_path / "out", tmp_path / "printed.txt"
+    process = start("main", [*flags("main", folder), "--epochs", "200", "--num_workers", num_workers], printed)
+    seen = []
+    for n_epochs in (40, 190):
+        wait_for(lambda n=n_epochs: printed.exists() and f"epoch {n}/" in printed.read_text(), process)
+        with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+            n_children = len(file.read().split())
+        seen.append((resident(process.pid), len(os.listdir(f"/proc/{process.pid}/fd")), n_children))
+    assert finish(process) == 0, printed.read_text()
+    (memory, files, children), (memory_later, files_later, children_later) = seen
+    assert (
+        memory_later < 1.05 * memory
+        and abs(files_later - files) <= 3
+        and children_later == children == int(num_workers)
+    )
+
+
+def test_checkout_that_cannot_be_written_to(flags, tmp_path: Path) -> None:
+    """Whoever may write there all the same, as root may, finds nothing new in it but Python's own cache."""
+    root, checkout, out = Path(__file__).parent.parent, tmp_path / "checkout", tmp_path / "out"
+    checkout.mkdir()
+    for path in root.glob("*.py"):
+        (checkout / path.name).write_bytes(path.read_bytes())
+    checkout.chmod(0o555)
+    before = sorted(checkout.iterdir())
+    command = [sys.executable, "main.py", *flags("main", out), "--epochs", "1"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0 and (out / "saved_model.tar").exists(), done.stderr
+    assert [path for path in sorted(checkout.iterdir()) if path.name != "__pycache__"] == before
+    checkout.chmod(0o755)
