@@ -15,6 +15,8 @@ import utils
 from model import RecurrentAttention, build_backbone
 
 N_CLASSES = 3
+SMALL = ["--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--precision", "fp32", "--valid_size", "0.3"]
+BACKBONE = ["--arch", "resnet18", "--patch_size", "32", "--weights", "none"]
 
 
 def read(path: Path) -> dict:

@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import draw_picture, fails, read, write_list
+from conftest import BACKBONE, SMALL, draw_picture, fails, read, write_list
 
 import dataset
 import main
@@ -19,9 +19,7 @@ import pretrain
 import utils
 from dataset import DataError, read_list, read_picture
 
-SMALL = ["--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--precision", "fp32", "--valid_size", "0.3"]
 CLASSIFIER = ["--rnn_hidden", "8", "--k", "1", "--start_size", "4"]
-BACKBONE = ["--arch", "resnet18", "--patch_size", "32", "--weights", "none"]
 
 
 def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:

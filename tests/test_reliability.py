@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import N_CLASSES, fails, read, read_log, same
+from conftest import BACKBONE, N_CLASSES, SMALL, fails, read, read_log, same
 from torch import nn
 
 import dataset
@@ -26,9 +26,7 @@ import pretrain
 import utils
 from model import RecurrentAttention, attention_loss, build_backbone
 
-SMALL = ["--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--precision", "fp32", "--valid_size", "0.3"]
 CLASSIFIER = ["--rnn_hidden", "16", "--k", "1", "--start_size", "2", "--n_glimpses", "2"]
-BACKBONE = ["--arch", "resnet18", "--patch_size", "32", "--weights", "none"]
 FILES = {
     "main": ("last.tar", "saved_model.tar", "log.csv"),
     "pretrain": ("pt_last.tar", "pt_glimpse_model.tar", "pt_log.csv"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import toy_table
-from conftest import draw_picture, fails, read, read_log, same, write_list
+from conftest import BACKBONE, SMALL, draw_picture, fails, read, read_log, same, write_list
 from PIL import Image
 from scipy.io import loadmat
 
@@ -24,13 +24,12 @@ import utils
 from model import PretrainNetwork, build_backbone, fold_batchnorm
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--precision", "fp32", "--valid_size", "0.3"]
 
 
 @pytest.fixture
 def pretrain_args(make_data, tmp_path: Path) -> list[str]:
     folders = ["--data_dir", str(make_data()), "--save_dir", str(tmp_path / "out")]
-    return [*folders, *SMALL, "--arch", "resnet18", "--patch_size", "32", "--weights", "none"]
+    return [*folders, *SMALL, *BACKBONE]
 
 
 @pytest.fixture
@@ -79,11 +78,7 @@ def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, c
         pytest.approx(last["best_score"], rel=1e-5)
     )
 
-    shared = [
-        *pretrain_args[: -len(["--arch", "a", "--patch_size", "b", "--weights", "c"])],
-        "--imgs_dir",
-        str(tmp_path / "imgs"),
-    ]
+    shared = [*pretrain_args[: -len(BACKBONE)], "--imgs_dir", str(tmp_path / "imgs")]
     capsys.readouterr()
     main.main([*shared, *MODEL, "--epochs", "2"])
     printed = capsys.readouterr().out
@@ -141,7 +136,7 @@ def test_both_scripts_learn_what_can_be_learned(make_data, save_dir: Path) -> No
         for file in folder.iterdir():
             Image.new("RGB", (64, 64), color).save(file)
     shared = ["--data_dir", str(data_dir), "--save_dir", str(save_dir), *SMALL, "--lr", "0.001"]
-    pretrain.main([*shared, "--arch", "resnet18", "--patch_size", "32", "--weights", "none", "--epochs", "3"])
+    pretrain.main([*shared, *BACKBONE, "--epochs", "3"])
     assert read(save_dir / "pt_glimpse_model.tar")["accuracy"] > 0.9
     main.main([*shared, "--rnn_hidden", "16", "--k", "1", "--start_size", "2", "--epochs", "8"])
     assert read(save_dir / "saved_model.tar")["accuracy"] > 0.9
