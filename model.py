@@ -44,8 +44,7 @@ def feature_size(backbone: nn.Sequential) -> int:
 def fold_batchnorm(backbone: nn.Sequential) -> nn.Sequential:
     """A copy that multiplies each BatchNorm's fixed statistics into the convolution before it.
 
-    It computes what the backbone computes in eval mode, in a fifth less time, and nothing is left in it that could
-    drift.
+    It computes what the backbone computes in eval mode in less time, and nothing is left in it that could drift.
     """
     folded = copy.deepcopy(backbone).eval()
     for module in folded.modules():
