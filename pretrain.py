@@ -67,6 +67,18 @@ def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> No
     utils.load_state(lambda state: load_resnet_weights(backbone, state), state, weights)
 
 
+def build_model(settings: dict[str, Any], n_classes: int, path: Path) -> PretrainNetwork:
+    """The network that a run's settings describe, with fresh weights. Raises UserError if there is no such network.
+
+    path: the checkpoint that they would then come from.
+    """
+    try:
+        backbone = build_backbone(settings["arch"])
+    except ValueError as error:
+        raise utils.UserError(f"{path} describes no network that can be built: {error}") from error
+    return PretrainNetwork(backbone=backbone, n_classes=n_classes, patch_size=settings["patch_size"])
+
+
 def pretrain_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of the heads' cross-entropies, each a mean over the batch. logits: [B, 4, C]; labels: [B]."""
     return sum(F.cross_entropy(logits[:, head], labels) for head in range(len(HEADS)))
@@ -145,10 +157,9 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
         )
 
     torch.manual_seed(flags["seed"])
-    backbone = build_backbone(flags["arch"])
-    model = PretrainNetwork(backbone=backbone, n_classes=len(data["class_names"]), patch_size=flags["patch_size"])
+    model = build_model(flags, len(data["class_names"]), last_path)
     if last is None:
-        load_initial_weights(backbone, args.weights, flags["arch"])
+        load_initial_weights(model.backbone, args.weights, flags["arch"])
     model.to(machine.device, memory_format=torch.channels_last)
     optimizer = utils.make_optimizer(model.parameters())
     first_epoch, best_accuracy = utils.restore(last, last_path, model, optimizer)
@@ -170,7 +181,7 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
             if machine.rank == 0:  # what to resume from comes last: whoever is stopped in between repeats the epoch
                 shared = {**flags, "epoch": epoch, "data": data}
                 if is_best:
-                    best = {"model_dict": utils.cpu_state(backbone), "heads": utils.cpu_state(model.heads)}
+                    best = {"model_dict": utils.cpu_state(model.backbone), "heads": utils.cpu_state(model.heads)}
                     utils.save_checkpoint(best_path, {**best, "accuracy": best_accuracy, **shared})
                 utils.log_metrics(log_path, epoch, train=means, valid=valid)
                 state = {"model_dict": utils.cpu_state(model), "optimizer": optimizer.state_dict()}
@@ -191,18 +202,13 @@ def test(args: argparse.Namespace, machine: utils.Machine) -> None:
     checkpoint = utils.load_checkpoint(path, required, "make one with `python pretrain.py`, or give its --save_dir")
     flags = utils.settle_flags(vars(args), checkpoint, RUN_DEFAULTS, free=utils.TRAIN_DEFAULTS)
     utils.refuse_other_classes(utils.class_names_of(checkpoint, path), pictures.class_names, args.data_dir, path)
-    n_classes, side = len(pictures.class_names), canvas_size(flags["patch_size"], STARTS[0])
-    try:
-        backbone = build_backbone(flags["arch"])
-    except ValueError as error:
-        raise utils.UserError(f"{path} describes no network that can be built: {error}") from error
-    model = PretrainNetwork(backbone=backbone, n_classes=n_classes, patch_size=flags["patch_size"])
+    model = build_model(flags, len(pictures.class_names), path)
     utils.load_state(model.backbone.load_state_dict, checkpoint["model_dict"], path)
     utils.load_state(model.heads.load_state_dict, checkpoint["heads"], path)
     model.to(machine.device, memory_format=torch.channels_last)
     order = range(machine.rank, len(pictures.files), machine.world_size)
     loading = machine.loading(flags["batch_size"], args.num_workers)
-    loader = make_loader(pictures, order, canvas_size=side, **loading)
+    loader = make_loader(pictures, order, canvas_size=canvas_size(model.patch_size, STARTS[0]), **loading)
     means = evaluate(utils.wrap(model, machine), loader, machine, "test")
     machine.say(
         f"{len(pictures.files):,} test pictures of {args.data_dir}, backbone of epoch {checkpoint['epoch'] + 1}"
