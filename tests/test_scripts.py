@@ -347,10 +347,21 @@ def test_training_opens_no_test_picture(pretrain_args: list[str], main_args: lis
     assert "test_list.mat cannot be read" in fails(main.main, [*main_args, "--task=test"])
 
 
-@pytest.mark.parametrize("policy", ["learned", "random"])
+@pytest.mark.parametrize(
+    ("policy", "num_workers"),
+    [
+        ("learned", "2"),
+        ("random", "0"),
+        pytest.param("learned", "0", marks=pytest.mark.slow),
+        pytest.param("random", "2", marks=pytest.mark.slow),
+        pytest.param("center", "0", marks=pytest.mark.slow),
+        pytest.param("center", "2", marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_training_is_the_uninterrupted_one(
-    main_args: list[str], save_dir: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+    main_args: list[str], save_dir: Path, policy: str, num_workers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    main_args = [*main_args, "--num_workers", num_workers]
     flags = [*main_args, *MODEL, "--policy", policy]
     main.main([*flags, "--epochs", "4"])
     straight, log = read(save_dir / "last.tar"), (save_dir / "log.csv").read_text()
@@ -369,8 +380,11 @@ def test_resumed_training_is_the_uninterrupted_one(
     assert same(best, read(save_dir / "saved_model.tar"))
 
 
-def test_resumed_pretraining_is_the_uninterrupted_one(pretrain_args: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "out"
+@pytest.mark.parametrize("num_workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
+def test_resumed_pretraining_is_the_uninterrupted_one(
+    num_workers: str, pretrain_args: list[str], tmp_path: Path
+) -> None:
+    out, pretrain_args = tmp_path / "out", [*pretrain_args, "--num_workers", num_workers]
     pretrain.main([*pretrain_args, "--epochs", "2"])
     straight, log = read(out / "pt_last.tar"), (out / "pt_log.csv").read_text()
     pretrain.main([*pretrain_args, "--epochs", "1"])
