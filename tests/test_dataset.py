@@ -154,6 +154,20 @@ def test_large_jpegs_are_decoded_at_less_than_their_size(tmp_path: Path, orienta
         assert abs(load(path, size, decoded_for=size).astype(int) - load(path, size)).mean() < 3
 
 
+@pytest.mark.parametrize("size", [(500, 375), (90, 240), (50, 50), (64, 63)])
+def test_canvas_is_what_pillow_makes_of_the_square(size: tuple[int, int]) -> None:
+    """Nothing from outside the square, and the same antialiased filter, shrinking and growing."""
+    image = draw_picture(np.random.default_rng(0), *size)
+    image = Image.blend(image, Image.effect_noise(size, 90).convert("RGB"), 0.5)
+    side = min(size)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    for target in (32, 96, 192, 384):
+        theirs = np.asarray(square.resize((target, target), Image.Resampling.BILINEAR)).astype(int)
+        ours = dataset.crop_to_canvas(image, target).permute(1, 2, 0).numpy()
+        assert abs(ours - theirs).max() <= 1
+
+
 def test_crops_are_square_inside_and_both_ways(tmp_path: Path) -> None:
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (50, 1, 3)))  # a pixel names its x
     centre = dataset.crop_to_canvas(ramp, 50)
