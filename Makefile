@@ -49,7 +49,7 @@ $(VENV)/.installed: requirements.txt
 	@touch $@
 
 $(VENV)/.tools-installed: $(VENV)/.installed
-	$(VENV)/bin/pip install pytest==9.2.0 pytest-xdist==3.8.0 ruff==0.17.6
+	$(VENV)/bin/pip install pytest==9.2.0 pytest-xdist==3.8.0 ruff==0.17.6 tensorboard pillow-heif
 	@touch $@
 
 clean:

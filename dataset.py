@@ -1,7 +1,10 @@
-"""Stanford Dogs, or any set in its layout: lists, a seeded stratified split, the pictures, and their loaders.
+"""Stanford Dogs or pictures of one's own: lists, a seeded stratified split, the pictures, and their loaders.
 
-Layout: DATA_DIR/Images/<breed folder>/<file> and DATA_DIR/lists/{train,test}_list.mat (MATLAB 5 files with the cell
-column `file_list` of names below Images and the column `labels` counted from 1).
+Layouts of DATA_DIR, the first that is there:
+- Stanford Dogs: Images/<class>/<file> and lists/{train,test}_list.mat (MATLAB 5 files with the cell column `file_list`
+  of names below Images and the column `labels` counted from 1);
+- train/<class>/<file> and test/<class>/<file>;
+- Images/<class>/<file> alone: a fifth of each class, the same in every run, is the test set.
 """
 
 import csv
@@ -18,8 +21,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.io import loadmat
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
+PICTURE_SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".avif", ".heic", ".heif")
+LARGEST_PICTURE = 2**28  # pixels: what phones take today; Pillow warns beyond, and refuses the double of it
+TEST_SIZE = 0.2  # of pictures that come without a test set
 SPLIT_SEED = 0  # the same for all runs: a backbone must not have been trained on what main.py validates on
 
 BOX_EDGES = ("left", "top", "right", "bottom")
@@ -35,19 +42,71 @@ class PictureList(NamedTuple):
     files: list[Path]
     labels: list[int]
     class_names: list[str]
+    origin: str = ""  # in words, what says which pictures are to train on and which to test on
 
 
 def read_list(data_dir: str | Path, split: str) -> PictureList:
-    """Read the official list of a split, "train" or "test", and check that every listed picture is there.
+    """The pictures of a split, "train" or "test", in whichever layout they lie. Opens none of them.
 
-    Raises DataError for a missing folder, a missing or broken list and missing pictures. Opens no picture.
+    Raises DataError for missing folders and pictures, and for a missing or broken list.
     """
     data_dir = Path(data_dir)
-    if not os.path.isdir(data_dir / "Images"):  # unlike Path's own, False for a name that is too long
-        raise DataError(
-            f"no pictures at {data_dir / 'Images'}: make them with `python data/stanford_dogs.py` (Stanford Dogs) or "
-            "`python data/toy_dogs.py` (a small synthetic set in data/toy), or give another --data_dir"
-        )
+
+    def has(folder: str) -> bool:  # unlike Path's own, False for a name that is too long
+        return os.path.isdir(data_dir / folder)
+
+    if has("lists") and has("Images"):
+        return read_official_list(data_dir, split)
+    if has("train") or has("test"):
+        return read_class_folders(data_dir / split, f"as in {data_dir}/train and {data_dir}/test", data_dir / "train")
+    if has("Images"):
+        origin = f"{data_dir} has no lists: {TEST_SIZE:.0%} of each class, the same in every run, are the test pictures"
+        return split_list(read_class_folders(data_dir / "Images", origin), TEST_SIZE)[split == "test"]
+    raise DataError(
+        f"no pictures at {data_dir / 'Images'} or {data_dir / 'train'}: make them with `python data/stanford_dogs.py` "
+        "(Stanford Dogs) or `python data/toy_dogs.py` (a small synthetic set in data/toy), or give another --data_dir"
+    )
+
+
+def display_names(folders: list[str]) -> list[str]:
+    """Names of classes as people say them: without the numbers that some sets put before them, if all then differ."""
+    names = [re.sub(r"^(n\d+-|\d+\.)", "", folder).replace("_", " ") for folder in folders]
+    return names if all(names) and len(set(names)) == len(names) else folders
+
+
+def is_picture(path: str | Path) -> bool:
+    """Whether a file's name says that it is a picture, and not what some systems keep beside one under a dot."""
+    name = os.path.basename(path)
+    return name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")
+
+
+def read_class_folders(folder: Path, origin: str, like: Path | None = None) -> PictureList:
+    """Pictures in a folder for each class, at any depth below it; `like` has the folders of the same classes.
+
+    Raises DataError where there are none, and for a class that `like` has not.
+    """
+
+    try:
+        present, _ = find_classes(folder)
+        classes, numbers = find_classes(like if like and os.path.isdir(like) else folder)
+        # A class may lack pictures to test with, but not to learn from.
+        samples = make_dataset(folder, numbers, is_valid_file=is_picture, allow_empty=like not in (None, folder))
+    except OSError as error:
+        reason = error.strerror or str(error).rstrip(". ")
+        raise DataError(f"no pictures of classes in {folder} ({reason}): see --data_dir") from error
+    if unknown := sorted(set(present) - set(classes)):
+        raise DataError(f"{folder} has a class {unknown[0]} that {like} has not: rename or remove it")
+    if not samples:
+        raise DataError(f"no pictures in the folders of {folder}: see --data_dir")
+    files, labels = zip(*samples)
+    return PictureList([Path(file) for file in files], list(labels), display_names(classes), origin)
+
+
+def read_official_list(data_dir: Path, split: str) -> PictureList:
+    """Read a list of the official kind, and check that every listed picture is there.
+
+    Raises DataError for a missing or broken list and missing pictures.
+    """
     path = data_dir / "lists" / f"{split}_list.mat"
     if not os.path.isfile(path):
         raise DataError(f"list {path} not found: run `python data/stanford_dogs.py` again to fetch the lists")
@@ -74,8 +133,8 @@ def read_list(data_dir: str | Path, split: str) -> PictureList:
     if missing:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise DataError(f"{len(missing)} of the {len(files)} pictures in {path} are missing: {first}")
-    class_names = [re.sub(r"^n\d+-", "", folders[label]).replace("_", " ") for label in range(len(folders))]
-    return PictureList(files, labels, class_names)
+    class_names = display_names([folders[label] for label in range(len(folders))])
+    return PictureList(files, labels, class_names, f"as in {data_dir}/lists")
 
 
 def read_dog_boxes(data_dir: str | Path, pictures: PictureList) -> Tensor | None:
@@ -100,23 +159,34 @@ def read_dog_boxes(data_dir: str | Path, pictures: PictureList) -> Tensor | None
 def split_list(pictures: PictureList, valid_size: float, seed: int = SPLIT_SEED) -> tuple[PictureList, PictureList]:
     """Hold out the fraction valid_size of each class, drawn from the seed. Returns (training, validation).
 
-    Raises DataError where a class has fewer than two pictures; otherwise each class keeps one on either side.
+    Raises DataError where a class has fewer than two pictures; otherwise each has one or more on either side.
     """
     rng = random.Random(f"split {seed}")
     held_out = set()
     for label, name in enumerate(pictures.class_names):
         members = [i for i, other in enumerate(pictures.labels) if other == label]
         if len(members) < 2:
-            raise DataError(f"class {name} has {len(members)} training picture: a validation split needs at least two")
+            raise DataError(
+                f"class {name} has {len(members)} picture to divide: some are held out of each class, so it needs two"
+            )
         n_valid = min(max(1, round(valid_size * len(members))), len(members) - 1)
         held_out.update(rng.sample(members, n_valid))
 
     def subset(indices: list[int]) -> PictureList:
         files, labels = zip(*((pictures.files[i], pictures.labels[i]) for i in indices))
-        return PictureList(list(files), list(labels), pictures.class_names)
+        return pictures._replace(files=list(files), labels=list(labels))
 
     everything = range(len(pictures.files))
     return subset([i for i in everything if i not in held_out]), subset([i for i in everything if i in held_out])
+
+
+def enable_heic(path: str | Path) -> None:
+    """Teach Pillow to open HEIC pictures, by the optional package for that. Raises DataError where it is missing."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise DataError(f"picture {path} is HEIC: pip install pillow-heif, or convert it to JPEG") from None
+    register_heif_opener()
 
 
 def read_picture(path: str | Path, size: int) -> Image.Image:
@@ -125,6 +195,9 @@ def read_picture(path: str | Path, size: int) -> Image.Image:
     size: the canvas that it is for. Where the short side of a JPEG is at least twice that, it comes at a half, a
     quarter or an eighth, but no smaller than the canvas: its decoder then skips most of the work.
     """
+    if str(path).lower().endswith((".heic", ".heif")):
+        enable_heic(path)
+    Image.MAX_IMAGE_PIXELS = LARGEST_PICTURE
     try:
         with Image.open(path) as image:
             image.draft(None, (size, size))

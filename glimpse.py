@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 
 FULL_SCALE = 4  # quarters: a patch of this scale covers the whole picture
 STARTS = (1, 2, 4)  # scales at which a picture may be looked at: high, medium and low resolution
@@ -133,12 +135,18 @@ def draw_attention(context: Image.Image, attention: Tensor) -> Image.Image:
 
 
 def draw_panel(
-    canvas: Tensor, location: Tensor, attention: Tensor, scales: tuple[int, ...], patch_size: int, caption: str
+    canvas: Tensor,
+    location: Tensor,
+    attention: Tensor,
+    scales: tuple[int, ...],
+    patch_size: int,
+    caption: str,
+    answers: list[str],
 ) -> Image.Image:
     """One picture's way through the network: canvas with boxes, and per glimpse the attention and the patches seen.
 
-    canvas: uint8 [3, S, S]; location: [T, 2]; attention: [T, 4]. Boxes, context and patches come from the functions
-    that cut them for the network.
+    canvas: uint8 [3, S, S]; location: [T, 2]; attention: [T, 4]; answers: what the network says after each glimpse.
+    Boxes, context and patches come from the functions that cut them for the network.
     """
     pyramid = build_pyramid(canvas.unsqueeze(0), scales, patch_size)
     center = torch.zeros_like(location[:1])
@@ -148,14 +156,16 @@ def draw_panel(
 
     tile = patch_size * max(1, round(192 / patch_size))  # whole multiples: each pixel that the network saw is a square
     gap, line = 8, 22
-    side = max(canvas.shape[-1], 2 * tile, n_glimpses * (tile + line + gap) - gap)
+    row = line + tile + line + gap
+    side = max(canvas.shape[-1], 2 * tile, n_glimpses * row - gap)
     width = gap + side + (k + 1) * (tile + gap) + gap
     panel = Image.new("RGB", (width, line + gap + side + gap), "white")
     draw, font = ImageDraw.Draw(panel), ImageFont.load_default(14)
     draw.text((gap, gap / 2), caption, "black", font)
     panel.paste(draw_boxes(to_image(canvas, side), patch_boxes(location, scales, patch_size)), (gap, line + gap))
-    for t, color in zip(range(n_glimpses), GLIMPSE_COLORS * n_glimpses):
-        x, y = gap + side + gap, line + gap + t * (tile + line + gap)
+    for t, color, answer in zip(range(n_glimpses), GLIMPSE_COLORS * n_glimpses, answers):
+        x, y = gap + side + gap, line + gap + t * row
+        draw.text((x, y + line + tile + gap / 2), f"then {answer}", color, font)
         draw.text((x, y), f"attention {t + 1}", "black", font)
         panel.paste(draw_attention(to_image((context * 255).round().byte(), tile), attention[t]), (x, y + line))
         for i in range(k):
@@ -163,3 +173,18 @@ def draw_panel(
             draw.text((x, y), f"glimpse {t + 1}" + (f", patch {i + 1} of {k}" if k > 1 else ""), color, font)
             panel.paste(to_image((patches[t, i] * 255).round().byte(), tile), (x, y + line))
     return panel
+
+
+def draw_contact_sheet(canvases: list[Tensor], boxes: list[Tensor], captions: list[str]) -> Image.Image:
+    """Many pictures with their boxes on one sheet, each with its caption of one or two lines below.
+
+    canvases: uint8 [3, S, S] each; boxes: [T, k, 4] each.
+    """
+    side, font = 240, ImageFont.load_default(12)
+    tiles = []
+    for canvas, box, caption in zip(canvases, boxes, captions):
+        tile = Image.new("RGB", (side, side + 36), "white")
+        tile.paste(draw_boxes(to_image(canvas, side), box))
+        ImageDraw.Draw(tile).text((0, side + 2), caption, "black", font)
+        tiles.append(pil_to_tensor(tile))
+    return to_pil_image(make_grid(tiles, nrow=5, padding=8, pad_value=255))

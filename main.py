@@ -5,10 +5,11 @@ from) and log.csv under --save_dir. The other tasks need saved_model.tar alone.
 """
 
 import argparse
-import csv
 import math
+import os
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 import utils
@@ -25,6 +27,7 @@ from dataset import (
     PictureList,
     crop_to_canvas,
     describe_data,
+    is_picture,
     make_loader,
     make_training_loaders,
     read_dog_boxes,
@@ -32,10 +35,13 @@ from dataset import (
     read_picture,
     split_list,
 )
-from glimpse import canvas_size, draw_panel, inside, patch_scales
-from model import POLICIES, SUPERVISIONS, RecurrentAttention, Rollout, attention_loss, build_backbone
+from glimpse import canvas_size, draw_contact_sheet, draw_panel, inside, patch_boxes, patch_scales
+from model import POLICIES, SUPERVISIONS, RecurrentAttention, Rollout, attention_loss, build_backbone, rewards
 
 MODEL_DEFAULTS = {"k": 2, "start_size": 2, "n_glimpses": 1, "rnn_hidden": 2048, "std_dev": 0.2}
+N_CONFUSED = 10  # pairs of classes that test names
+N_ON_SHEET = 40  # pictures on the contact sheet
+N_WATCHED = 8  # validation pictures that TensorBoard shows after every epoch
 LR_SCHEDULES = ("constant", "cosine")
 RUN_DEFAULTS = {
     **MODEL_DEFAULTS,
@@ -53,28 +59,29 @@ USE_DEFAULTS = {name: RUN_DEFAULTS[name] for name in (*MODEL_DEFAULTS, "policy",
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; flags that a checkpoint can fix are None when not given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    utils.add_shared_flags(parser)
-    add = parser.add_argument
+    add = parser.add_argument_group("task").add_argument
     add("--task", choices=tuple(TASKS), default="train", help="what to do (%(default)s)")
+    add("--images", type=Path, nargs="+", metavar="PATH", help="pictures to predict, or folders of them")
+    add("--n_trajectories", type=int, default=7, help="over which test and predict average (%(default)s)")
+    add("--n_samples", type=int, default=20, help="pictures that view_glimpses draws (%(default)s)")
+    files, training = utils.add_shared_flags(parser)
+    add = files.add_argument
     add("--backbone", type=Path, metavar="FILE", help="pretrain.py's (pt_glimpse_model.tar under --save_dir)")
+    add("--imgs_dir", type=Path, default=Path("imgs"), help="folder for the pictures drawn (%(default)s)")
+    add = training.add_argument
+    add("--lr_schedule", choices=LR_SCHEDULES, help="learning rates over all epochs: constant, or down a (cosine)")
+    add("--attention_lr", type=float, help="learning rate of the attention after the first glimpse (1e-4)")
+    add("--supervision", choices=SUPERVISIONS, help="glimpses to classify and reward after: each, or the last (each)")
+    add = parser.add_argument_group("network").add_argument
     add("--k", type=int, help="patches per glimpse (2)")
     add("--start_size", type=int, help="quarters of the side that the finest patch covers: 1, 2 or 4 (2)")
     add("--n_glimpses", type=int, help="glimpses per picture (1)")
     add("--rnn_hidden", type=int, help="hidden units of the LSTM (2048)")
-    add("--std_dev", type=float, help="deviation of the gaze around its mean (0.2)")
+    add("--std_dev", type=float, help="deviation of the gaze around its mean, in half sides before tanh (0.2)")
     add("--policy", choices=POLICIES, help="where to look (learned, or as trained); the other two are ablations")
-    add("--supervision", choices=SUPERVISIONS, help="glimpses to classify and reward after: each, or the last (each)")
-    add("--attention_lr", type=float, help="learning rate of the attention after the first glimpse (1e-4)")
-    add("--lr_schedule", choices=LR_SCHEDULES, help="learning rates over all epochs: constant, or down a (cosine)")
-    add("--n_trajectories", type=int, default=7, help="over which test and predict average (%(default)s)")
-    add("--n_samples", type=int, default=20, help="pictures that view_glimpses draws (%(default)s)")
-    add("--imgs_dir", type=Path, default=Path("imgs"), help="folder for the pictures drawn (%(default)s)")
-    add("--images", type=Path, nargs="+", metavar="FILE", help="pictures to predict")
     args = utils.parse_flags(parser, argv, positive=(*MODEL_DEFAULTS, "attention_lr", "n_trajectories", "n_samples"))
     if (args.task == "predict") != bool(args.images):
-        parser.error("--task=predict needs --images FILE..., and no other task takes it")
-    if args.task != "train" and args.resume_training:
-        parser.error(f"--resume_training does not go with --task={args.task}")
+        parser.error("--task=predict needs --images PATH..., and no other task takes it")
     if args.backbone and (args.task != "train" or args.resume_training):
         parser.error("--backbone goes with a new training run only: a classifier's file has the backbone in it")
     return args
@@ -90,6 +97,11 @@ def training_noise(n_pictures: int, n_glimpses: int, seed: int, epoch: int, mach
     generator = torch.Generator().manual_seed(random.Random(f"gaze {seed} {epoch}").getrandbits(32))
     noise = torch.randn(n_pictures, 1, n_glimpses, 2, generator=generator)
     return noise[machine.rank :: machine.world_size][: n_pictures // machine.world_size]
+
+
+def off_center(location: Tensor) -> Tensor:
+    """How far from the middle of the picture a glimpse is, in sides of the picture. [..., 2] -> [...]."""
+    return location.norm(dim=-1) / 2
 
 
 def train_one_epoch(
@@ -114,8 +126,14 @@ def train_one_epoch(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            accuracy = (rollout.logits[:, :, -1].argmax(-1) == labels.unsqueeze(1)).float().mean()
-            meter.update(len(labels), loss=loss, accuracy=accuracy, **terms._asdict())
+            right = rewards(rollout, labels, "each")  # [B, M, T]
+            watched = {
+                "accuracy": right[:, :, -1].mean(),
+                "reward": rewards(rollout, labels, supervision).mean(),
+                "expected_reward": rollout.baseline.mean(),
+                "off_center": off_center(rollout.location).mean(),
+            }
+            meter.update(len(labels), loss=loss, **terms._asdict(), **watched)
         return meter.means()
 
 
@@ -270,7 +288,11 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     first_epoch, best_score = utils.restore(last, last_path, model, optimizer)
     net = utils.wrap(model, machine)
     utils.prepare_folder(args.save_dir)
-    machine.say(utils.describe_run({**vars(args), **settings}, data, model, machine))
+    board_dir = args.save_dir / "tensorboard" / "main"
+    board = utils.open_tensorboard(board_dir, first_epoch) if args.tensorboard and machine.rank == 0 else None
+    outputs = {"best classifier": best_path, "to resume from": last_path, "metrics": log_path}
+    run = {"flags": {**vars(args), **settings}, "data": data, "origin": train_list.origin, "outputs": outputs}
+    machine.say(utils.describe_run(**run, model=model, machine=machine, board=board))
 
     policy, n_glimpses, seed = flags["policy"], flags["n_glimpses"], flags["seed"]
     valid_noise = evaluation_noise(policy, data["validation pictures"], int(policy == "random"), n_glimpses, seed)
@@ -281,6 +303,7 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
             untrained = {**settings, "model_dict": utils.cpu_state(model), "epoch": -1, "data": data}
             utils.save_checkpoint(best_path, untrained)
         machine.say(f"untrained classifier in {best_path}")
+        machine.say(utils.next_command(args, "main.py", "--task=test"))
         return
     with utils.stoppable(last_path, resumed=last is not None):
         for epoch in range(first_epoch, flags["epochs"]):
@@ -294,40 +317,74 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
             answers = evaluate(net, valid_loader, valid_noise, policy, machine, "validation")
             # Accuracy counts a few pictures and soon stands still; how sure the answers are still tells epochs apart.
             of_truth = answers.probabilities[torch.arange(len(answers.labels)), 0, answers.labels]
-            valid = {**scores(answers.probabilities, answers.labels), "probability": of_truth.mean().item()}
+            valid = {
+                **scores(answers.probabilities, answers.labels),
+                "probability": of_truth.mean().item(),
+                "off_center": off_center(answers.location).mean().item(),
+            }
             is_best = valid["probability"] > best_score
             best_score = max(valid["probability"], best_score)
             if machine.rank == 0:  # what to resume from comes last: whoever is stopped in between repeats the epoch
                 shared = {**settings, "model_dict": utils.cpu_state(model), "epoch": epoch, "data": data}
                 if is_best:
                     utils.save_checkpoint(best_path, {**shared, "accuracy": valid["accuracy"]})
-                utils.log_metrics(log_path, epoch, train=means, valid=valid)
+                utils.log_metrics(log_path, epoch, board, train=means, valid=valid)
+                if board is not None:
+                    watched = fixed_choice(data["validation pictures"], N_WATCHED, seed)
+                    for i, view in enumerate(look_at_list(valid_list, watched, model.eval(), policy, seed, machine)):
+                        board.add_image(f"validation/{i}", pil_to_tensor(view.panel), epoch + 1)
                 state = {"optimizer": optimizer.state_dict(), "best_score": best_score}
                 utils.save_checkpoint(last_path, {**shared, **state})
             machine.say(
-                f"{title}: train loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; "
-                f"validation accuracy {valid['accuracy']:.3f}, "
-                f"probability {valid['probability']:.3f}{' (best)' if is_best else ''}; "
-                f"{time.perf_counter() - start:.0f} s"
+                f"{title}: loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; "
+                f"valid {valid['accuracy']:.3f}, probability {valid['probability']:.3f}"
+                f"{' (best)' if is_best else ''}; {time.perf_counter() - start:.0f} s"
             )
     machine.say(
         f"best classifier by its mean probability of the true breed, {best_score:.4f} on validation: {best_path}"
     )
-    machine.say("next: python main.py --task=test, --task=view_glimpses or --task=predict --images FILE...")
+    machine.say(utils.next_command(args, "main.py", "--task=test"))
 
 
-def write_predictions(path: Path, pictures: PictureList, answers: Answers, policy: str) -> None:
+def write_predictions(path: Path, data_dir: Path, pictures: PictureList, answers: Answers, policy: str) -> None:
     """A table of the best estimate for each picture, and of where the glimpses of its first trajectory were."""
     *_, probabilities = by_kind(answers.probabilities, policy).values()  # [N, 1, C]
     values, labels = (part.tolist() for part in probabilities[:, 0].max(-1))
+    names = pictures.class_names
+    rows = [
+        [file.relative_to(data_dir), names[truth], names[label], f"{value:.4f}", *(f"{x:.4f}" for x in place)]
+        for file, truth, label, value, place in zip(
+            pictures.files, pictures.labels, labels, values, answers.location[:, 0].flatten(1).tolist()
+        )
+    ]
     places = [f"{axis}_{t + 1}" for t in range(answers.location.shape[2]) for axis in "xy"]
-    with utils.replacing(path, mode="w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "truth", "prediction", "probability", *places])
-        for i, picture in enumerate(pictures.files):
-            names = [pictures.class_names[label] for label in (pictures.labels[i], labels[i])]
-            place = [f"{value:.4f}" for value in answers.location[i, 0].flatten().tolist()]
-            writer.writerow(["/".join(picture.parts[-2:]), *names, f"{values[i]:.4f}", *place])
+    utils.write_table(path, ["file", "truth", "prediction", "probability", *places], rows)
+
+
+def write_accuracy_per_class(path: Path, class_names: list[str], answers: Answers, policy: str) -> None:
+    """A table of the classes that were tested: how many pictures, and the accuracy of each kind of trajectory."""
+    kinds = by_kind(answers.probabilities, policy)
+    right = {kind: (p.argmax(-1) == answers.labels.unsqueeze(1)).double().mean(1) for kind, p in kinds.items()}  # [N]
+    rows = []
+    for label in answers.labels.unique().tolist():
+        mine = answers.labels == label
+        accuracies = [f"{values[mine].mean().item():.4f}" for values in right.values()]
+        rows.append([class_names[label], int(mine.sum()), *accuracies])
+    utils.write_table(path, ["class", "pictures", *right], rows)
+
+
+def most_confused(predictions: Tensor, labels: Tensor, class_names: list[str]) -> list[str]:
+    """The classes most often taken for another, in words: at most N_CONFUSED of them. [N] and [N]."""
+    n_classes = len(class_names)
+    pairs = torch.bincount(labels * n_classes + predictions, minlength=n_classes**2).view(n_classes, n_classes)
+    sizes = pairs.sum(1)
+    counts, places = pairs.fill_diagonal_(0).flatten().sort(descending=True, stable=True)
+    lines = []
+    for n, place in zip(counts[:N_CONFUSED].tolist(), places.tolist()):
+        truth, taken_for = divmod(place, n_classes)
+        if n:
+            lines.append(f"{class_names[truth]} taken for {class_names[taken_for]}: {n} of {sizes[truth]}")
+    return lines
 
 
 def test(args: argparse.Namespace, machine: utils.Machine) -> None:
@@ -341,11 +398,14 @@ def test(args: argparse.Namespace, machine: utils.Machine) -> None:
     loader = make_loader(pictures, order, canvas_size=model.glimpse.canvas_size, **loading)
     noise = evaluation_noise(policy, n_pictures, args.n_trajectories, model.n_glimpses, flags["seed"])
     answers = evaluate(utils.wrap(model, machine), loader, noise, policy, machine, "test")
-    machine.say(f"{n_pictures:,} test pictures of {args.data_dir}, classifier of epoch {flags['epoch'] + 1}")
+    machine.say(
+        f"{n_pictures:,} test pictures of {args.data_dir}, classifier of epoch {flags['epoch'] + 1}\n"
+        f"{utils.describe_classes(pictures.class_names)}; split {pictures.origin}"
+    )
     for kind, values in by_kind(answers.probabilities, policy).items():
         figures = "  ".join(f"{name} {value:.4f}" for name, value in scores(values, answers.labels).items())
         machine.say(f"policy {policy:8}{kind:15} {figures}")
-    gaze = {"off center": by_kind(answers.location.norm(dim=-1) / 2, policy)}  # in sides of the picture
+    gaze = {"off center": by_kind(off_center(answers.location), policy)}
     if boxes is not None:
         gaze["on dog"] = by_kind(inside(answers.location, boxes[:, None, None]).double(), policy)
     for t in range(model.n_glimpses):
@@ -353,9 +413,24 @@ def test(args: argparse.Namespace, machine: utils.Machine) -> None:
             if not kind.startswith("mean"):  # of n trajectories, which look at n places
                 figures = "  ".join(f"{name} {values[kind][..., t].mean():.4f}" for name, values in gaze.items())
                 machine.say(f"glimpse {t + 1:<7}{kind:15} {figures}")
+    *_, best = by_kind(answers.probabilities, policy).values()  # [N, 1, C]
+    confused = most_confused(best[:, 0].argmax(-1), answers.labels, pictures.class_names)
+    machine.say("\n  ".join(["most often confused:", *confused]) if confused else "nothing is confused")
+    predictions_path, per_class_path = args.save_dir / "predictions.csv", args.save_dir / "per_class.csv"
     if machine.rank == 0:
-        write_predictions(args.save_dir / "predictions.csv", pictures, answers, policy)
-    machine.say(f"the answer for each picture is in {args.save_dir / 'predictions.csv'}")
+        write_predictions(predictions_path, args.data_dir, pictures, answers, policy)
+        write_accuracy_per_class(per_class_path, pictures.class_names, answers, policy)
+    machine.say(f"the answer for each picture is in {predictions_path}, the accuracy of each class in {per_class_path}")
+    machine.say(utils.next_command(args, "main.py", "--task=view_glimpses"))
+
+
+class View(NamedTuple):
+    """A picture that was looked at along one trajectory, and the drawing of it."""
+
+    canvas: Tensor  # uint8 [3, S, S]
+    boxes: Tensor  # [T, k, 4]
+    caption: str
+    panel: Image.Image
 
 
 @torch.no_grad()
@@ -369,44 +444,85 @@ def look_at(
     return canvas, Rollout(*(value.cpu() for value in rollout))
 
 
-def draw_first_trajectory(canvas: Tensor, rollout: Rollout, model: RecurrentAttention, caption: str) -> Image.Image:
+def draw_first_trajectory(
+    canvas: Tensor, rollout: Rollout, model: RecurrentAttention, class_names: list[str], caption: str
+) -> Image.Image:
     """Panel of the first trajectory, the deterministic one unless the policy is random."""
     location, attention = rollout.location[0, 0], rollout.attention[0, 0]
-    return draw_panel(canvas, location, attention, model.glimpse.scales, model.glimpse.patch_size, caption)
+    values, labels = rollout.logits[0, 0].softmax(-1).max(-1)  # [T]
+    answers = [f"{class_names[label]} ({value:.2f})" for value, label in zip(values, labels)]
+    return draw_panel(canvas, location, attention, model.glimpse.scales, model.glimpse.patch_size, caption, answers)
+
+
+def fixed_choice(n_pictures: int, n_chosen: int, seed: int) -> list[int]:
+    """Places of some pictures of a list, always the same for the same seed; of a longer choice the first are these."""
+    order = list(range(n_pictures))
+    random.Random(f"view {seed}").shuffle(order)
+    return order[:n_chosen]
+
+
+def look_at_list(
+    pictures: PictureList, order: list[int], model: RecurrentAttention, policy: str, seed: int, machine: utils.Machine
+) -> Iterator[View]:
+    """Look at the pictures at these places of a list, one after the other, and draw each."""
+    noise = evaluation_noise(policy, len(order), int(policy == "random"), model.n_glimpses, seed)
+    for i, index in enumerate(order):
+        canvas, rollout = look_at(pictures.files[index], model, noise[i : i + 1], policy, machine)
+        probabilities, truth = rollout.logits[0, 0, -1].softmax(-1), pictures.labels[index]
+        label = int(probabilities.argmax())
+        said, true = (f"{pictures.class_names[c]} ({probabilities[c]:.2f})" for c in (label, truth))
+        caption = f"predicted {said}, true {true}"
+        panel = draw_first_trajectory(canvas, rollout, model, pictures.class_names, caption)
+        boxes = patch_boxes(rollout.location[0, 0], model.glimpse.scales, model.glimpse.patch_size)
+        yield View(canvas, boxes, caption, panel)
 
 
 def view_glimpses(args: argparse.Namespace, machine: utils.Machine) -> None:
     """Draw where the best classifier looks, on test pictures that the seed alone chooses."""
     pictures = read_list(args.data_dir, "test")
-    model, flags, class_names = load_classifier(args, machine, pictures)
+    model, flags, _ = load_classifier(args, machine, pictures)
     utils.prepare_folder(args.imgs_dir)
-    order = list(range(len(pictures.files)))
-    random.Random(f"view {flags['seed']}").shuffle(order)
-    order = order[: args.n_samples]
-    n_sampled = int(flags["policy"] == "random")
-    noise = evaluation_noise(flags["policy"], len(order), n_sampled, model.n_glimpses, flags["seed"])
-    for i, index in enumerate(tqdm(order, "view_glimpses", unit=" pictures", leave=False, disable=None)):
-        canvas, rollout = look_at(pictures.files[index], model, noise[i : i + 1], flags["policy"], machine)
-        probability, label = rollout.logits[0, 0, -1].softmax(-1).max(-1)
-        truth = class_names[pictures.labels[index]]
-        caption = f"predicted {class_names[label]} ({probability:.2f}), true {truth}"
-        panel = draw_first_trajectory(canvas, rollout, model, caption)
-        panel.save(args.imgs_dir / f"glimpse_{i}.jpg", quality=95, subsampling=0)
-    machine.say(f"{len(order)} pictures of where the model looks: {args.imgs_dir}/glimpse_0.jpg, ...")
+    order = fixed_choice(len(pictures.files), args.n_samples, flags["seed"])
+    views = look_at_list(pictures, order, model, flags["policy"], flags["seed"], machine)
+    on_sheet = []
+    for i, view in enumerate(tqdm(views, "view_glimpses", len(order), unit=" pictures", leave=False, disable=None)):
+        view.panel.save(args.imgs_dir / f"glimpse_{i}.jpg", quality=95, subsampling=0)
+        if i < N_ON_SHEET:
+            on_sheet.append((view.canvas, view.boxes, view.caption.replace(", true", "\ntrue")))
+    sheet_path = args.imgs_dir / "contact_sheet.jpg"
+    draw_contact_sheet(*zip(*on_sheet)).save(sheet_path, quality=95, subsampling=0)
+    machine.say(f"where the model looks on {utils.count(len(order), 'picture')}: {args.imgs_dir}/glimpse_0.jpg, ...")
+    machine.say(f"{utils.count(len(on_sheet), 'picture')} at a glance: {sheet_path}")
+    machine.say(utils.next_command(args, "main.py", "--task=predict", "--images", "photo.jpg"))
+
+
+def find_pictures(paths: list[Path]) -> list[Path]:
+    """The files given, and in place of a folder the pictures in it. Raises UserError for a folder without any."""
+    files = []
+    for path in paths:
+        inside_it = [path]
+        if os.path.isdir(path):
+            inside_it = sorted(file for file in path.iterdir() if is_picture(file))
+        if not inside_it:
+            raise utils.UserError(f"--images {path}: no picture in that folder")
+        files.extend(inside_it)
+    return files
 
 
 def predict(args: argparse.Namespace, machine: utils.Machine) -> None:
     """Name the five likeliest breeds of each picture given, and draw where the model looked."""
     model, flags, class_names = load_classifier(args, machine)
+    files = find_pictures(args.images)
     utils.prepare_folder(args.imgs_dir)
     noise = evaluation_noise(flags["policy"], 1, args.n_trajectories, model.n_glimpses, flags["seed"])
-    for i, file in enumerate(args.images):
+    for i, file in enumerate(files):
         canvas, rollout = look_at(file, model, noise, flags["policy"], machine)
         *_, probabilities = by_kind(rollout.logits[:, :, -1].softmax(-1), flags["policy"]).values()  # [1, 1, C]
         values, labels = probabilities.flatten().topk(min(5, len(class_names)))
         path = args.imgs_dir / f"predict_{i}_{file.stem}.jpg"
         caption = f"predicted {class_names[labels[0]]} ({values[0]:.2f})"
-        draw_first_trajectory(canvas, rollout, model, caption).save(path, quality=95, subsampling=0)
+        panel = draw_first_trajectory(canvas, rollout, model, class_names, caption)
+        panel.save(path, quality=95, subsampling=0)
         machine.say(f"{file} (drawn in {path})")
         for probability, label in zip(values.tolist(), labels.tolist()):
             machine.say(f"  {probability:6.1%}  {class_names[label]}")

@@ -281,19 +281,27 @@ class LossTerms(NamedTuple):
     reinforce: Tensor  # trains the location network; a sum over the glimpses
 
 
+def rewards(rollout: Rollout, labels: Tensor, supervision: str) -> Tensor:
+    """Reward of every glimpse, 1 or 0, [B, M, T]: whether the prediction that counts for it is right, labels [B].
+
+    supervision "last", as in 2018: that is the final one. "each": the one right after the glimpse.
+    """
+    right = (rollout.logits.argmax(-1) == labels.view(-1, 1, 1)).float()  # [B, M, T]
+    return right if supervision == "each" else right[:, :, -1:].expand_as(right)
+
+
 def attention_loss(rollout: Rollout, labels: Tensor, supervision: str) -> LossTerms:
     """Cross-entropy + squared error of the baseline + REINFORCE (Williams 1992), for labels [B].
 
-    supervision "last", as in 2018: the reward of every glimpse is 1 if the final prediction is right, else 0. "each":
-    every prediction is trained, and the reward of a glimpse is 1 if the prediction right after it is right; a later
-    glimpse then has a reason of its own. With one glimpse the two are the same.
+    supervision "last": only the final prediction is trained. "each": every prediction is, and has a reward of its own;
+    a later glimpse then has a reason of its own. With one glimpse the two are the same.
 
     The advantage, reward minus baseline, is detached: it weighs the score, and no gradient flows through it.
     """
     logits = rollout.logits if supervision == "each" else rollout.logits[:, :, -1:]  # [B, M, T or 1, C]
     target = labels.view(-1, 1, 1).expand(logits.shape[:3])
     classification = F.cross_entropy(logits.flatten(0, 2), target.flatten())
-    reward = (logits.argmax(-1) == target).float().expand_as(rollout.baseline)  # [B, M, T]
+    reward = rewards(rollout, labels, supervision)  # [B, M, T]
     advantage = (reward - rollout.baseline).detach()
     reinforce = -(advantage * rollout.log_prob).sum(-1).mean()
     return LossTerms(classification, F.mse_loss(rollout.baseline, reward), reinforce)

@@ -35,15 +35,14 @@ def patch_side(text: str) -> int:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; flags that a checkpoint can fix are None when not given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    utils.add_shared_flags(parser)
-    add = parser.add_argument
+    add = parser.add_argument_group("task").add_argument
     add("--task", choices=tuple(TASKS), default="train", help="train, test its heads, or probe --weights (%(default)s)")
+    utils.add_shared_flags(parser)
+    add = parser.add_argument_group("network").add_argument
     add("--arch", choices=ARCHITECTURES, help="backbone (resnet50)")
     add("--patch_size", type=patch_side, metavar="P", help="side of a patch in pixels, a multiple of 32 (96)")
     add("--weights", help="imagenet (a download), none, or a torchvision ResNet's file (imagenet)")
     args = utils.parse_flags(parser, argv, positive=["epochs"])
-    if args.task != "train" and args.resume_training:
-        parser.error(f"--resume_training does not go with --task={args.task}")
     if args.task == "test" and args.weights:
         parser.error("--weights does not go with --task=test, which reads pt_glimpse_model.tar under --save_dir")
     args.weights = args.weights or "imagenet"
@@ -167,7 +166,11 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
         group["lr"] = flags["lr"]
     net = utils.wrap(model, machine)
     utils.prepare_folder(args.save_dir)
-    machine.say(utils.describe_run({**vars(args), **flags}, data, model, machine))
+    board_dir = args.save_dir / "tensorboard" / "pretrain"
+    board = utils.open_tensorboard(board_dir, first_epoch) if args.tensorboard and machine.rank == 0 else None
+    outputs = {"best backbone": best_path, "to resume from": last_path, "metrics": log_path}
+    run = {"flags": {**vars(args), **flags}, "data": data, "origin": train_list.origin, "outputs": outputs}
+    machine.say(utils.describe_run(**run, model=model, machine=machine, board=board))
 
     with utils.stoppable(last_path, resumed=last is not None):
         for epoch in range(first_epoch, flags["epochs"]):
@@ -183,15 +186,16 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
                 if is_best:
                     best = {"model_dict": utils.cpu_state(model.backbone), "heads": utils.cpu_state(model.heads)}
                     utils.save_checkpoint(best_path, {**best, "accuracy": best_accuracy, **shared})
-                utils.log_metrics(log_path, epoch, train=means, valid=valid)
+                utils.log_metrics(log_path, epoch, board, train=means, valid=valid)
                 state = {"model_dict": utils.cpu_state(model), "optimizer": optimizer.state_dict()}
                 utils.save_checkpoint(last_path, {**state, "best_score": best_accuracy, **shared})
-            heads = ", ".join(f"{name} {valid['acc_' + name]:.3f}" for name in HEADS)
+            heads = ", ".join(f"{name}: {valid['acc_' + name]:.3f}" for name in HEADS)
             machine.say(
-                f"{title}: train loss {means['loss']:.3f}, accuracy {means['acc_123']:.3f}; "
-                f"validation accuracy {heads}{' (best)' if is_best else ''}; {time.perf_counter() - start:.0f} s"
+                f"{title}: loss {means['loss']:.3f}; valid {heads}{' (best)' if is_best else ''}; "
+                f"{time.perf_counter() - start:.0f} s"
             )
-    machine.say(f"best validation accuracy {best_accuracy:.4f}, backbone in {best_path}; next: python main.py")
+    machine.say(f"best validation accuracy {best_accuracy:.4f}, backbone in {best_path}")
+    machine.say(utils.next_command(args, "main.py"))
 
 
 def test(args: argparse.Namespace, machine: utils.Machine) -> None:

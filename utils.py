@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import csv
 import os
+import shlex
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -16,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+SHOWN_BY_BAR = ("loss", "accuracy", "acc_123")  # of all means, those that fit into a line
 STEPS_PER_CHECK = 100  # of the loss being finite, for which the device is waited for
+DATA_DIR, SAVE_DIR = Path("data/Original"), Path("data/saved_models")
 TRAIN_DEFAULTS = {"batch_size": 128, "epochs": 101, "lr": 1e-4, "seed": 0}  # of flags that a checkpoint remembers
 
 
@@ -77,32 +81,50 @@ def gpu_list(text: str) -> list[int]:
     return numbers
 
 
-def add_shared_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of both scripts, with one set of defaults. Those that a checkpoint may fix are None if not given."""
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    n_workers = max(1, min(n_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8))
-    resume = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "True"}
-    add = parser.add_argument
-    add("--data_dir", type=Path, default=Path("data/Original"), help="folder with Images/ and lists/ (%(default)s)")
-    add(
-        "--save_dir", type=Path, default=Path("data/saved_models"), help="folder for checkpoints and logs (%(default)s)"
-    )
-    add("--valid_size", type=float, default=0.1, help="part of the training list held out for validation (%(default)s)")
-    add("--batch_size", type=int, help="pictures per step, over all GPUs and processes (128)")
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def switch(help: str) -> dict[str, Any]:
+    """Keywords of a flag that is false unless given: `--flag`, `--flag=True` and `--flag true` all turn it on."""
+    return {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "True", "help": help}
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> tuple[Any, Any]:
+    """The flags of both scripts, with one set of defaults. Those that a checkpoint may fix are None if not given.
+
+    Returns the groups of --help for files and for training, to which a script adds its own.
+    """
+    n_workers = max(1, min(available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8))
+    files = parser.add_argument_group("data and files")
+    add = files.add_argument
+    add("--data_dir", type=Path, default=DATA_DIR, help="folder of pictures, see the README (%(default)s)")
+    add("--save_dir", type=Path, default=SAVE_DIR, help="folder for checkpoints and logs (%(default)s)")
+    add("--valid_size", type=float, default=0.1, help="part of the training pictures to validate on (%(default)s)")
+    training = parser.add_argument_group("training")
+    add = training.add_argument
     add("--epochs", type=int, help="epochs in all, those resumed included (101)")
+    add("--batch_size", type=int, help="pictures per step, over all GPUs and processes (128)")
     add("--lr", type=float, help="Adam's learning rate (1e-4)")
-    add("--num_workers", type=int, default=n_workers, help="loader processes (here %(default)s)")
     add("--seed", type=int, help="of weights, augmentation and gaze (0)")
+    add("--resume_training", **switch("go on after the last epoch saved"))
+    add("--tensorboard", **switch("also log for TensorBoard (pip install tensorboard)"))
+    add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPUs, if there are any")
     add("--gpus", type=gpu_list, metavar="0,1,...", help="GPUs to use (all visible ones)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it")
-    add("--resume_training", **resume, help="go on after the last epoch saved")
+    add("--num_workers", type=int, default=n_workers, help="loader processes (here %(default)s)")
+    return files, training
 
 
 def parse_flags(
     parser: argparse.ArgumentParser, argv: list[str] | None, positive: Iterable[str] = ()
 ) -> argparse.Namespace:
-    """Parse the command line; a number out of its range, such as one of `positive` at 0, is refused by name."""
+    """Parse the command line; a number out of its range, such as one of `positive` at 0, is refused by name.
+
+    So is a flag that does nothing for the --task given.
+    """
     args = parser.parse_args(argv)
     for name in ("batch_size", "lr", *positive):
         value = vars(args)[name]
@@ -114,7 +136,18 @@ def parse_flags(
             parser.error(f"argument --{name}: {value} is below 0, or far too large")
     if not 0 < args.valid_size < 1:
         parser.error(f"argument --valid_size: {args.valid_size} is not between 0 and 1")
+    for name in ("resume_training", "tensorboard"):
+        if args.task != "train" and vars(args)[name]:
+            parser.error(f"--{name} does not go with --task={args.task}")
     return args
+
+
+def next_command(args: argparse.Namespace, script: str, *words: str) -> str:
+    """What to run next, on the same folders."""
+    for name, default in (("data_dir", DATA_DIR), ("save_dir", SAVE_DIR)):
+        if vars(args)[name] != default:
+            words += (f"--{name}", str(vars(args)[name]))
+    return "next: " + shlex.join(["python", script, *words])
 
 
 def settle_flags(
@@ -425,7 +458,7 @@ class Meter:
         if refreshed or self.n_steps % STEPS_PER_CHECK == 0:
             self.require_finite()
         if refreshed and self.sums:
-            means = {name: total.item() / self.n_pictures for name, total in self.sums.items()}
+            means = {name: self.sums[name].item() / self.n_pictures for name in SHOWN_BY_BAR if name in self.sums}
             self.bar.set_postfix_str(", ".join(f"{name} {mean:.3f}" for name, mean in means.items()), refresh=False)
 
     def require_finite(self) -> None:
@@ -471,24 +504,75 @@ def read_log(path: Path) -> list[dict[str, str]]:
         raise UserError(f"{path} is no metrics log of this script: move it away, or give another --save_dir") from error
 
 
-def log_metrics(path: Path, epoch: int, **parts: dict[str, float]) -> None:
-    """Write an epoch (from 0) into a metrics log, in place of rows of the same and later epochs."""
+def open_tensorboard(folder: Path, epoch: int) -> Any:
+    """A writer of TensorBoard's files, for the epochs from this one (from 0) on: it hides what others left of them.
+
+    Raises UserError where TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard takes a package that is missing: pip install tensorboard") from error
+    return SummaryWriter(folder, purge_step=epoch + 1)
+
+
+def log_metrics(path: Path, epoch: int, board: Any = None, **parts: dict[str, float]) -> None:
+    """Write an epoch (from 0) into a metrics log, in place of rows of the same and later epochs.
+
+    board: of `open_tensorboard`, where the same figures go too.
+    """
     row = {f"{part}_{name}": f"{value:.6g}" for part, values in parts.items() for name, value in values.items()}
     rows = [old for old in read_log(path) if int(old["epoch"]) <= epoch]
     with replacing(path, mode="w", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", *row], extrasaction="ignore")
         writer.writeheader()
         writer.writerows([*rows, {"epoch": epoch + 1, **row}])
+    if board is not None:
+        for part, values in parts.items():
+            for name, value in values.items():
+                board.add_scalar(f"{name}/{part}", value, epoch + 1)
+        board.flush()
 
 
-def describe_run(flags: dict[str, Any], data: dict[str, Any], model: nn.Module, machine: Machine) -> str:
-    """What a training run is about to do: its flags, data, model and machine, a line each."""
-    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) / 1e6 for frozen in (1, 0)]
-    where = f"GPUs {machine.gpus}" if machine.gpus else f"CPU, {torch.get_num_threads()} threads"
-    counts = f"{data['training pictures']:,} training and {data['validation pictures']:,} validation pictures"
-    return (
-        f"flags  {' '.join(f'{name}={value}' for name, value in flags.items())}\n"
-        f"data   {len(data['class_names'])} classes, {counts}\n"
-        f"model  {sizes[0]:.1f} M parameters, {sizes[1]:.1f} M of them trained\n"
-        f"on     {where}, {machine.world_size} process{'es' if machine.world_size > 1 else ''}, {machine.precision}"
-    )
+def write_table(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
+    """Write a CSV file, whole or not at all."""
+    with replacing(path, mode="w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def count(n: int, noun: str) -> str:
+    """A number of things in words: 1 process, 2 processes."""
+    return f"{n:,} {noun}{'' if n == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def describe_classes(names: list[str]) -> str:
+    """How many classes there are, and what the first and the last are called."""
+    some = names if len(names) <= 4 else [*names[:3], "...", names[-1]]
+    return f"{count(len(names), 'class')}: {', '.join(some)}"
+
+
+def describe_run(
+    *,
+    flags: dict[str, Any],
+    data: dict[str, Any],
+    origin: str,
+    outputs: dict[str, Path],
+    model: nn.Module,
+    machine: Machine,
+    board: Any,
+) -> str:
+    """What a training run is about to do: its data, network, flags, machine and files, for a terminal of 80 columns."""
+    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (1, 0))
+    sizes = [count(data[part], part.removesuffix("s")) for part in ("training pictures", "validation pictures")]
+    where = f"GPUs {machine.gpus}" if machine.gpus else f"CPU, {count(torch.get_num_threads(), 'thread')}"
+    files = [f"{path} ({what})" for what, path in outputs.items()]
+    lines = {
+        "data": f"{' and '.join(sizes)} of {describe_classes(data['class_names'])}",
+        "split": origin,
+        "model": f"{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained",
+        "flags": " ".join(f"{name}={value}" for name, value in flags.items()),
+        "on": f"{where}, {count(machine.world_size, 'process')}, {machine.precision}",
+        "files": ", ".join(files) + (f"; watch: tensorboard --logdir {board.log_dir}" if board else ""),
+    }
+    wrap = {"width": 79, "subsequent_indent": " " * 7, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(f"{name:7}{text}", **wrap) for name, text in lines.items())

@@ -272,8 +272,8 @@ def measure_end_to_end(setting: Setting) -> list[Figure]:
     """An epoch of main.py from files, over the longer of loading and computing alone."""
     machine, pictures = setting.machine, read_list(setting.data_dir, "train")
     side, n_pictures = canvas_size(setting.patch_size, START_SIZE), len(pictures.files)
-    num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    loader = make_loader(pictures, range(n_pictures), canvas_size=side, **machine.loading(32, min(num_workers, 16)))
+    num_workers = min(utils.available_cores(), 16)
+    loader = make_loader(pictures, range(n_pictures), canvas_size=side, **machine.loading(32, num_workers))
     in_memory = DataLoader(TensorDataset(*map(torch.cat, zip(*loader))), batch_size=32)
     model = make_classifier(setting, K, START_SIZE, 1)
     net, optimizer = utils.wrap(model, machine), utils.make_optimizer(*model.parameter_groups())

@@ -232,9 +232,9 @@ def test_wrong_entries_of_checkpoints_are_named(n_values: int, trained: list[str
 def test_numbers_out_of_any_range(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every flag that takes a number ends with exit code 2 or is a number to compute with."""
     actions: list[argparse.Action] = []
-    real = argparse.ArgumentParser.add_argument
+    real = argparse._ActionsContainer.add_argument  # of the parser and of its groups
     monkeypatch.setattr(
-        argparse.ArgumentParser,
+        argparse._ActionsContainer,
         "add_argument",
         lambda *given, **how: actions.append(real(*given, **how)) or actions[-1],
     )

@@ -42,7 +42,7 @@ def test_split_keeps_one_picture_of_each_class_on_either_side() -> None:
     for fraction in (0.01, 0.99):
         train, valid = split_list(PictureList([Path(str(i)) for i in range(4)], [0, 0, 1, 1], ["a", "b"]), fraction, 0)
         assert sorted(train.labels) == sorted(valid.labels) == [0, 1]
-    with pytest.raises(DataError, match="class b has 1 training picture"):
+    with pytest.raises(DataError, match="class b has 1 picture to divide"):
         split_list(PictureList([Path(str(i)) for i in range(3)], [0, 0, 1], ["a", "b"]), 0.5, 0)
 
 

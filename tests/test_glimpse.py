@@ -116,19 +116,37 @@ def test_boxes_of_a_glimpse_are_concentric_and_doubling() -> None:
 def test_panel_shows_every_part() -> None:
     picture = to_tensor(natural_picture(64))
     attention = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7]])
-    panel = glimpse.draw_panel(picture, torch.tensor([[-0.4, -0.4], [0.5, 0.5]]), attention, (2, 4), 32, "a caption")
+    place = torch.tensor([[-0.4, -0.4], [0.5, 0.5]])
+    panel = glimpse.draw_panel(picture, place, attention, (2, 4), 32, "a caption", ["one", "two"])
     pixels = np.array(panel)
     assert all((pixels == color).all(-1).sum() > 500 for color in ([255, 0, 0], [0, 0, 255]))
     context = glimpse.build_pyramid(picture.unsqueeze(0), (4,), 32)[4][0, :, 16:48, 16:48]
     seen = (context * 255).round().byte()
-    tile = np.array(panel.crop((8 + 436 + 8 + 200, 30 + 22, 8 + 436 + 8 + 200 + 192, 30 + 22 + 192)))
+    left, top, tile, row = 8 + 480 + 8, 30 + 22, 192, 22 + 192 + 22 + 8
+    patch = np.array(panel.crop((left + 200, top, left + 200 + tile, top + tile)))
     corner = glimpse.extract_patches(
         glimpse.build_pyramid(picture.unsqueeze(0), (2,), 32), torch.tensor([[[-0.4, -0.4]]]), (2,), 32
     )
-    assert (tile[::6, ::6] == (corner[0, 0, 0] * 255).round().byte().permute(1, 2, 0).numpy()).all()  # 6 x 6 pixels
-    attended = np.array(panel.crop((8 + 436 + 8, 30 + 22, 8 + 436 + 8 + 192, 30 + 22 + 192)))[3::6, 3::6]
+    assert (patch[::6, ::6] == (corner[0, 0, 0] * 255).round().byte().permute(1, 2, 0).numpy()).all()  # 6 x 6 pixels
+    attended = np.array(panel.crop((left, top, left + tile, top + tile)))[3::6, 3::6]
     assert (attended[:4, :4] == seen.permute(1, 2, 0).numpy()[:4, :4]).all()  # the heaviest quadrant in full light
-    assert panel.size == (8 + 436 + 3 * 200 + 8, 22 + 8 + 436 + 8)
+    assert panel.size == (8 + 480 + 3 * 200 + 8, 22 + 8 + 480 + 8)
+    other = np.array(glimpse.draw_panel(picture, place, attention, (2, 4), 32, "a caption", ["one", "three"]))
+    changed = np.argwhere((other != pixels).any(-1))  # what the network says after the second glimpse, below its row
+    assert changed.min(0)[0] >= top + row + tile and changed.min(0)[1] >= left and len(changed)
+
+
+def test_contact_sheet_shows_every_picture_with_its_boxes() -> None:
+    colors = [(40 * i, 255 - 40 * i, 90) for i in range(7)]
+    canvases = [to_tensor(Image.new("RGB", (64, 64), color)) for color in colors]
+    boxes = [torch.tensor([[[0.25, 0.25, 0.75, 0.75]]])] * 7
+    sheet = np.array(glimpse.draw_contact_sheet(canvases, boxes, ["one line\nand another"] * 7))
+    assert sheet.shape == (8 + 2 * (276 + 8), 8 + 5 * (240 + 8), 3)
+    for i, color in enumerate(colors):
+        x, y = 8 + 248 * (i % 5), 8 + 284 * (i // 5)
+        tile = sheet[y : y + 276, x : x + 240]
+        assert (tile[120, 120] == color).all() and (tile[60, 60:180] == (255, 0, 0)).all()
+        assert (tile[240:] < 128).all(-1).any() and (tile[-1] == 255).all()  # a caption, not cut off
 
 
 def test_attention_is_drawn_over_its_own_quadrant() -> None:

@@ -68,7 +68,7 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
                 settings = [*settings, "--backbone", "saved/pt_glimpse_model.tar"]
             SCRIPTS[words[0]].main([*words[1:], *settings])
             n_run += 1
-    assert n_run >= 10 and len(list(Path("imgs").iterdir())) == 4
+    assert n_run >= 10 and len(list(Path("imgs").iterdir())) == 5
 
 
 def test_links_and_pictures_are_there() -> None:

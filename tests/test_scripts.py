@@ -87,9 +87,14 @@ def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, c
 
     main.main([*shared, "--task=test", "--n_trajectories=3"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("9 test pictures")
-    assert lines[-1].endswith(f"{out / 'predictions.csv'}")
-    assert [re.split("accuracy|off", line)[0].split() for line in lines[1:-1]] == [
+    assert lines[0].startswith("9 test pictures") and lines[1] == (
+        f"3 classes: toy breed 1, toy breed 2, toy breed 3; split as in {shared[1]}/lists"
+    )
+    assert str(out / "predictions.csv") in lines[-2] and str(out / "per_class.csv") in lines[-2]
+    assert lines[-1] == (
+        f"next: python main.py --task=view_glimpses --data_dir {shared[1]} --save_dir {out}"  # what can be typed
+    )
+    assert [re.split("accuracy|off", line)[0].split() for line in lines[2:9]] == [
         ["policy", "learned", "deterministic"],
         ["policy", "learned", "one", "trajectory"],
         ["policy", "learned", "mean", "of", "3"],
@@ -101,14 +106,17 @@ def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, c
         assert len(lines) == n_lines and all(line.startswith(f"policy {policy}") for line in lines)
         rows = read_log(out / "predictions.csv")
         pictures = dataset.read_list(shared[1], "test")
-        assert [row["file"] for row in rows] == ["/".join(file.parts[-2:]) for file in pictures.files]
+        assert [Path(shared[1], row["file"]) for row in rows] == pictures.files
         assert [row["truth"] for row in rows] == [pictures.class_names[label] for label in pictures.labels]
         right = sum(row["truth"] == row["prediction"] for row in rows) / len(rows)
         assert f"accuracy {right:.4f} " in lines[-1] and all(0 < float(row["probability"]) <= 1 for row in rows)
         assert (policy == "center") == all(float(row["x_2"]) == float(row["y_2"]) == 0 for row in rows)
 
     main.main([*shared, "--task", "view_glimpses", "--n_samples", "4"])
-    assert sorted(path.name for path in (tmp_path / "imgs").iterdir()) == [f"glimpse_{i}.jpg" for i in range(4)]
+    assert sorted(path.name for path in (tmp_path / "imgs").iterdir()) == [
+        "contact_sheet.jpg",
+        *(f"glimpse_{i}.jpg" for i in range(4)),
+    ]
     picture = draw_picture(np.random.default_rng(5), 90, 70)
     picture.save(tmp_path / "photo.png")
     capsys.readouterr()
@@ -318,13 +326,17 @@ def test_view_glimpses_draws_the_deterministic_trajectory(
     checkpoint = read(save_dir / "saved_model.tar")
     net = main.build_model(checkpoint, 3, save_dir).eval()
     net.load_state_dict(checkpoint["model_dict"])
-    assert len(drawn) == 5 and len({caption for *_, caption in drawn}) > 1
-    for canvas, location, attention, scales, patch_size, caption in drawn:
+    assert len(drawn) == 5 and len({caption for *_, caption, _ in drawn}) > 1
+    for canvas, location, attention, scales, patch_size, caption, answers in drawn:
         rollout = net(canvas.unsqueeze(0), torch.zeros(1, 1, 2, 2))
         assert torch.allclose(location, rollout.location[0, 0], atol=1e-5) and (scales, patch_size) == ((1, 2), 32)
         assert torch.allclose(attention, rollout.attention[0, 0], atol=1e-5)
-        label = rollout.logits[0, 0, -1].argmax().item()
-        assert re.fullmatch(rf"predicted toy breed {label + 1} \([01]\.\d\d\), true toy breed [123]", caption)
+        probabilities = rollout.logits[0, 0].softmax(-1)  # [T, C]
+        said = [f"toy breed {p.argmax() + 1} ({p.max():.2f})" for p in probabilities]
+        assert answers == said  # after each glimpse
+        predicted, true = re.fullmatch(r"predicted (.*), true (.*)", caption).groups()
+        truth = int(re.fullmatch(r"toy breed (\d) \([01]\.\d\d\)", true)[1])
+        assert predicted == said[-1] and true == f"toy breed {truth} ({probabilities[-1, truth - 1]:.2f})"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -701,7 +713,7 @@ def test_test_reports_the_gaze_where_boxes_are_known(
         patch.setattr(main, "evaluate", lambda *_: answers)
         main.main([*main_args, "--task=test", "--n_trajectories=1"])
     report = capsys.readouterr().out
-    assert report.splitlines()[4:-1] == [
+    assert report.splitlines()[5:9] == [
         "glimpse 1      deterministic   off center 0.2900  on dog 0.5556",  # the boxes with left <= 0.2
         "glimpse 1      one trajectory  off center 0.0000  on dog 1.0000",
         "glimpse 2      deterministic   off center 0.0000  on dog 1.0000",
