@@ -53,6 +53,9 @@ def run(main: Callable[[], None], *user_errors: type[Exception]) -> None:
         # A loader's worker sends the message wrapped into its traceback; the message is the end of the last line.
         last_line = str(error).strip().splitlines()[-1]
         sys.exit("error: " + last_line.rpartition(f"{type(error).__name__}: ")[2])
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it flushes
+        sys.exit(128 + signal.SIGPIPE)
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory: lower --batch_size")
     except KeyboardInterrupt as stop:

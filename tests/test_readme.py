@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import draw_picture
 import main
 import pretrain
 from data import stanford_dogs, toy_dogs
+from dataset import read_list, read_picture
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -44,6 +46,8 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     for name in ("photo.jpg", "another.png"):
         draw_picture(np.random.default_rng(0), 80, 60).save(name)
+    Path("folder").mkdir()
+    draw_picture(np.random.default_rng(0), 80, 60).save("folder/third.webp")
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     n_run = 0
     for program, *words in commands():
@@ -68,7 +72,26 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
                 settings = [*settings, "--backbone", "saved/pt_glimpse_model.tar"]
             SCRIPTS[words[0]].main([*words[1:], *settings])
             n_run += 1
-    assert n_run >= 10 and len(list(Path("imgs").iterdir())) == 5
+    assert n_run >= 10 and len(list(Path("imgs").iterdir())) == 6
+
+
+def test_birds_are_linked_into_folders_of_classes(tmp_path: Path) -> None:
+    """The shell commands for CUB-200-2011, on two classes in its layout."""
+    rows, split = [], []
+    for name in ("001.Black_footed_Albatross", "002.Laysan_Albatross"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            draw_picture(np.random.default_rng(i), 30, 20).save(tmp_path / "images" / name / f"{i}.jpg")
+            rows.append(f"{len(rows) + 1} {name}/{i}.jpg")
+            split.append(f"{len(rows)} {int(i < 3)}")
+    (tmp_path / "images.txt").write_text("\n".join(rows) + "\n")
+    (tmp_path / "train_test_split.txt").write_text("\n".join(split) + "\n")
+    [block] = [b for b in re.findall(r"^```\n(.*?)^```", README, re.M | re.S) if "train_test_split.txt" in b]
+    subprocess.run(["bash", "-ec", block], cwd=tmp_path, check=True)
+    for part, n_pictures in (("train", 6), ("test", 2)):
+        pictures = read_list(tmp_path, part)
+        assert pictures.class_names == ["Black footed Albatross", "Laysan Albatross"]
+        assert len(pictures.files) == n_pictures and read_picture(pictures.files[0], 20).size == (30, 20)
 
 
 def test_links_and_pictures_are_there() -> None:

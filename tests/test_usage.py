@@ -3,7 +3,9 @@
 import builtins
 import csv
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -161,6 +163,13 @@ def test_pictures_of_phones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     picture.save(path, quality=95)
     error = np.abs(np.asarray(dataset.read_picture(path, 32)).astype(int) - np.asarray(picture)).mean()
     assert error < 4
+
+
+def test_output_that_nobody_reads_on_ends_the_run_quietly(tmp_path: Path) -> None:
+    code = "import utils\ndef main():\n    for i in range(10**6): print(i, flush=True)\nutils.run(main)"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1"
+    done = subprocess.run(command, shell=True, cwd=Path(main.__file__).parent, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 # --- what is reported
