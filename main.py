@@ -340,9 +340,7 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
                 f"valid {valid['accuracy']:.3f}, probability {valid['probability']:.3f}"
                 f"{' (best)' if is_best else ''}; {time.perf_counter() - start:.0f} s"
             )
-    machine.say(
-        f"best classifier by its mean probability of the true breed, {best_score:.4f} on validation: {best_path}"
-    )
+    machine.say(f"best mean probability of the true class on validation {best_score:.4f}: {best_path}")
     machine.say(utils.next_command(args, "main.py", "--task=test"))
 
 

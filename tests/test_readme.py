@@ -27,12 +27,16 @@ SIZES = {
 }
 
 
+def blocks() -> list[str]:
+    """What is to be typed: the fenced blocks of no language."""
+    return [text for language, text in re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S) if not language]
+
+
 def commands() -> list[list[str]]:
     """The commands in the README's blocks, in its order, as words."""
-    blocks = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     lines = [
         line
-        for line in "".join(blocks).replace("\\\n", "").splitlines()
+        for line in "".join(blocks()).replace("\\\n", "").splitlines()
         if line.startswith(("python ", "torchrun ", "make "))
     ]
     return [shlex.split(line, comments=True) for line in lines]
@@ -86,7 +90,7 @@ def test_birds_are_linked_into_folders_of_classes(tmp_path: Path) -> None:
             split.append(f"{len(rows)} {int(i < 3)}")
     (tmp_path / "images.txt").write_text("\n".join(rows) + "\n")
     (tmp_path / "train_test_split.txt").write_text("\n".join(split) + "\n")
-    [block] = [b for b in re.findall(r"^```\n(.*?)^```", README, re.M | re.S) if "train_test_split.txt" in b]
+    [block] = [block for block in blocks() if "train_test_split.txt" in block]
     subprocess.run(["bash", "-ec", block], cwd=tmp_path, check=True)
     for part, n_pictures in (("train", 6), ("test", 2)):
         pictures = read_list(tmp_path, part)
