@@ -85,7 +85,6 @@ def read_class_folders(folder: Path, origin: str, like: Path | None = None) -> P
 
     Raises DataError where there are none, and for a class that `like` has not.
     """
-
     try:
         present, _ = find_classes(folder)
         classes, numbers = find_classes(like if like and os.path.isdir(like) else folder)
