@@ -344,28 +344,28 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     machine.say(utils.next_command(args, "main.py", "--task=test"))
 
 
-def write_predictions(path: Path, data_dir: Path, pictures: PictureList, answers: Answers, policy: str) -> None:
-    """A table of the best estimate for each picture, and of where the glimpses of its first trajectory were."""
-    *_, probabilities = by_kind(answers.probabilities, policy).values()  # [N, 1, C]
-    values, labels = (part.tolist() for part in probabilities[:, 0].max(-1))
+def write_predictions(
+    path: Path, data_dir: Path, pictures: PictureList, probabilities: Tensor, location: Tensor
+) -> None:
+    """A table of the answer for each picture, [N, C], and of where its glimpses were, [N, T, 2]."""
+    values, labels = (part.tolist() for part in probabilities.max(-1))
     names = pictures.class_names
     rows = [
         [file.relative_to(data_dir), names[truth], names[label], f"{value:.4f}", *(f"{x:.4f}" for x in place)]
         for file, truth, label, value, place in zip(
-            pictures.files, pictures.labels, labels, values, answers.location[:, 0].flatten(1).tolist()
+            pictures.files, pictures.labels, labels, values, location.flatten(1).tolist()
         )
     ]
-    places = [f"{axis}_{t + 1}" for t in range(answers.location.shape[2]) for axis in "xy"]
+    places = [f"{axis}_{t + 1}" for t in range(location.shape[1]) for axis in "xy"]
     utils.write_table(path, ["file", "truth", "prediction", "probability", *places], rows)
 
 
-def write_accuracy_per_class(path: Path, class_names: list[str], answers: Answers, policy: str) -> None:
-    """A table of the classes that were tested: how many pictures, and the accuracy of each kind of trajectory."""
-    kinds = by_kind(answers.probabilities, policy)
-    right = {kind: (p.argmax(-1) == answers.labels.unsqueeze(1)).double().mean(1) for kind, p in kinds.items()}  # [N]
+def write_accuracy_per_class(path: Path, class_names: list[str], kinds: dict[str, Tensor], labels: Tensor) -> None:
+    """A table of the classes among labels [N]: how many pictures, and the accuracy of each kind of `by_kind`."""
+    right = {kind: (p.argmax(-1) == labels.unsqueeze(1)).double().mean(1) for kind, p in kinds.items()}  # [N]
     rows = []
-    for label in answers.labels.unique().tolist():
-        mine = answers.labels == label
+    for label in labels.unique().tolist():
+        mine = labels == label
         accuracies = [f"{values[mine].mean().item():.4f}" for values in right.values()]
         rows.append([class_names[label], int(mine.sum()), *accuracies])
     utils.write_table(path, ["class", "pictures", *right], rows)
@@ -400,7 +400,8 @@ def test(args: argparse.Namespace, machine: utils.Machine) -> None:
         f"{n_pictures:,} test pictures of {args.data_dir}, classifier of epoch {flags['epoch'] + 1}\n"
         f"{utils.describe_classes(pictures.class_names)}; split {pictures.origin}"
     )
-    for kind, values in by_kind(answers.probabilities, policy).items():
+    kinds = by_kind(answers.probabilities, policy)
+    for kind, values in kinds.items():
         figures = "  ".join(f"{name} {value:.4f}" for name, value in scores(values, answers.labels).items())
         machine.say(f"policy {policy:8}{kind:15} {figures}")
     gaze = {"off center": by_kind(off_center(answers.location), policy)}
@@ -411,13 +412,13 @@ def test(args: argparse.Namespace, machine: utils.Machine) -> None:
             if not kind.startswith("mean"):  # of n trajectories, which look at n places
                 figures = "  ".join(f"{name} {values[kind][..., t].mean():.4f}" for name, values in gaze.items())
                 machine.say(f"glimpse {t + 1:<7}{kind:15} {figures}")
-    *_, best = by_kind(answers.probabilities, policy).values()  # [N, 1, C]
-    confused = most_confused(best[:, 0].argmax(-1), answers.labels, pictures.class_names)
+    best = list(kinds.values())[-1][:, 0]  # [N, C]
+    confused = most_confused(best.argmax(-1), answers.labels, pictures.class_names)
     machine.say("\n  ".join(["most often confused:", *confused]) if confused else "nothing is confused")
     predictions_path, per_class_path = args.save_dir / "predictions.csv", args.save_dir / "per_class.csv"
     if machine.rank == 0:
-        write_predictions(predictions_path, args.data_dir, pictures, answers, policy)
-        write_accuracy_per_class(per_class_path, pictures.class_names, answers, policy)
+        write_predictions(predictions_path, args.data_dir, pictures, best, answers.location[:, 0])
+        write_accuracy_per_class(per_class_path, pictures.class_names, kinds, answers.labels)
     machine.say(f"the answer for each picture is in {predictions_path}, the accuracy of each class in {per_class_path}")
     machine.say(utils.next_command(args, "main.py", "--task=view_glimpses"))
 
