@@ -27,6 +27,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -258,13 +259,28 @@ def measure_retina(setting: Setting) -> list[Figure]:
 
 
 def measure_steps(setting: Setting) -> list[Figure]:
-    """The backbone passes of each script's step, over the whole step."""
+    """The backbone passes of each script's step, over the whole step.
+
+    And the operations that they take, in a second of the step, over those of a large matrix product: the peak.
+    """
+    machine, side = setting.machine, 8192 if setting.machine.gpus else 4096
+    of_type = {"device": machine.device, "dtype": torch.bfloat16 if machine.precision == "bf16" else torch.float32}
+    left, right = torch.randn(2, side, side, **of_type)
+    n_patches = {"pretrain": len(STARTS), "train": 1 + K, "test": 1 + K * (1 + N_TRAJECTORIES)}  # of a picture
     figures = []
     for job, batch_size in setting.batch_sizes.items():
-        rounds = in_turn(setting, *make_step(setting, job, batch_size))
-        value = median_ratio(rounds, lambda step, passes: passes / step)
+        step, passes = make_step(setting, job, batch_size)
+        with FlopCounterMode(display=False) as counter:
+            passes()
+        n_operations = counter.get_total_flops()
+        rounds = in_turn(setting, step, passes, lambda: left @ right)
+        value = median_ratio(rounds, lambda step, passes, _: passes / step)
         detail = milliseconds(rounds, "step", "passes") + f" for {batch_size} pictures"
         figures.append(Figure(f"{job} step", "share of the backbone", value, ">= 0.90", detail))
+        value = median_ratio(rounds, lambda step, _, product: product / step) * n_operations / (2 * side**3)
+        speed = n_operations / statistics.median(times[0] for times in rounds) / 1e12
+        detail = f"{n_operations / n_patches[job] / batch_size / 1e9:.1f} GFLOP a patch, {speed:.3g} TFLOP/s"
+        figures.append(Figure(f"{job} step", "speed over the peak", value, "", detail))
     return figures
 
 
