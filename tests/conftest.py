@@ -1,7 +1,14 @@
 """Synthetic pictures in the official layout, and small networks, for all tests."""
 
 import csv
+import importlib
+import multiprocessing
+import os
+import resource
+import subprocess
+import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +16,90 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
+from torch import nn
+from torchvision.models._api import register_model
+from torchvision.models.resnet import BasicBlock, ResNet
 
 import dataset
+import pretrain
 import utils
 from model import RecurrentAttention, build_backbone
 
 N_CLASSES = 3
+ARCH = "narrow"  # what the scripts do with a backbone does not hang on its width, but how long it takes does
 SMALL = ["--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--precision", "fp32", "--valid_size", "0.3"]
-BACKBONE = ["--arch", "resnet18", "--patch_size", "32", "--weights", "none"]
+BACKBONE = ["--arch", ARCH, "--patch_size", "32", "--weights", "none"]
+
+
+# --- networks
+
+
+class NarrowResNet(ResNet):
+    """A ResNet with an eighth of the channels."""
+
+    def _make_layer(self, block: type[nn.Module], planes: int, *others: int, **named: int) -> nn.Sequential:
+        return super()._make_layer(block, planes // 8, *others, **named)
+
+
+@register_model(ARCH)
+def narrow(weights: None = None) -> NarrowResNet:
+    """The blocks of a resnet18."""
+    return NarrowResNet(BasicBlock, [2, 2, 2, 2])
+
+
+pretrain.ARCHITECTURES = (*pretrain.ARCHITECTURES, ARCH)
+
+
+# --- processes
+
+
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["main", "pretrain"])
+
+
+def run_script(
+    script: str, argv: list[str], printed: Path, largest_file: int | None, environment: dict[str, str]
+) -> None:
+    """A script as a shell starts it: the leader of a group of processes, its output in a file."""
+    os.setsid()
+    with open(printed, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # of the script's own workers, which would be the server's
+    torch.set_num_threads(1)
+    utils.run(lambda: importlib.import_module(script).main(argv), dataset.DataError)
+
+
+def start(
+    script: str, argv: list[str], printed: Path, *, largest_file: int | None = None, **environment: str
+) -> BaseProcess:
+    """Start a script in a process of its own, where nothing has run before."""
+    process = forkserver.Process(target=run_script, args=(script, argv, printed, largest_file, environment))
+    process.start()
+    return process
+
+
+def members(group: int) -> list[str]:
+    """Processes of a group that still run: those that have ended and wait for their parent to notice do not count."""
+    table = subprocess.run(["ps", "-A", "-o", "pgid=,stat=,pid="], check=True, capture_output=True, text=True).stdout
+    rows = [line.split() for line in table.splitlines()]
+    return [pid for number, state, pid in rows if int(number) == group and not state.startswith("Z")]
+
+
+def finish(process: BaseProcess) -> int:
+    """Wait for the end, and see that nothing is left of its group."""
+    process.join(60)
+    assert process.exitcode is not None
+    deadline = time.monotonic() + 10
+    while left := members(process.pid):
+        assert time.monotonic() < deadline, f"processes {left} of its group still run"
+    return process.exitcode
+
+
+# --- what scripts leave
 
 
 def read(path: Path) -> dict:
@@ -47,9 +130,17 @@ def fails(script: Callable[[list[str]], None], argv: list[str]) -> str:
     return stop.value.code
 
 
+# --- fixtures
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def save_backbone(path: Path, arch: str = ARCH) -> None:
+    """A backbone for 32-pixel patches, as pretrain.py leaves it."""
+    torch.save({"model_dict": build_backbone(arch).state_dict(), "arch": arch, "patch_size": 32}, path)
 
 
 def draw_picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -103,9 +194,8 @@ def make_model() -> Callable[..., RecurrentAttention]:
 
 @pytest.fixture
 def save_dir(tmp_path: Path) -> Path:
-    """A folder with a resnet18 backbone for 32-pixel patches, as pretrain.py leaves it."""
+    """A folder with a backbone for 32-pixel patches."""
     folder = tmp_path / "saved_models"
     folder.mkdir()
-    content = {"model_dict": build_backbone("resnet18").state_dict(), "arch": "resnet18", "patch_size": 32}
-    torch.save(content, folder / "pt_glimpse_model.tar")
+    save_backbone(folder / "pt_glimpse_model.tar")
     return folder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_picture
+from conftest import ARCH, draw_picture
 
 import main
 import pretrain
@@ -22,7 +22,7 @@ SHARED = ["--data_dir", "data/toy", "--save_dir", "saved", "--device", "cpu", "-
 SHARED += ["--batch_size", "4", "--epochs", "1", "--valid_size", "0.5"]
 SIZES = {
     "data/toy_dogs.py": ["--data_dir", "data/toy", "--n_train", "32", "--n_test", "8", "--size", "64"],
-    "pretrain.py": [*SHARED, "--arch", "resnet18", "--patch_size", "32"],
+    "pretrain.py": [*SHARED, "--arch", ARCH, "--patch_size", "32"],
     "main.py": [*SHARED, "--rnn_hidden", "8", "--n_samples", "2"],
 }
 

@@ -1,10 +1,7 @@
 """What a long run survives, and what it never lets pass: kills, signals, full disks, bad numbers, leaks."""
 
-import importlib
-import multiprocessing
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -17,7 +14,21 @@ from types import ModuleType
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import BACKBONE, N_CLASSES, SMALL, fails, read, read_log, same
+from conftest import (
+    ARCH,
+    BACKBONE,
+    N_CLASSES,
+    SMALL,
+    fails,
+    finish,
+    forkserver,
+    members,
+    read,
+    read_log,
+    same,
+    save_backbone,
+    start,
+)
 from torch import nn
 
 import dataset
@@ -31,44 +42,6 @@ FILES = {
     "main": ("last.tar", "saved_model.tar", "log.csv"),
     "pretrain": ("pt_last.tar", "pt_glimpse_model.tar", "pt_log.csv"),
 }
-fork = multiprocessing.get_context("forkserver")
-fork.set_forkserver_preload(["main", "pretrain"])
-
-
-def run_script(script: str, argv: list[str], printed: Path, largest_file: int | None) -> None:
-    """A script as a shell starts it: the leader of a group of processes, its output in a file."""
-    os.setsid()
-    with open(printed, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if largest_file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
-    torch.set_num_threads(1)
-    utils.run(lambda: importlib.import_module(script).main(argv), dataset.DataError)
-
-
-def start(script: str, argv: list[str], printed: Path, largest_file: int | None = None) -> BaseProcess:
-    """Start a script in a process of its own, where nothing has run before."""
-    process = fork.Process(target=run_script, args=(script, argv, printed, largest_file))
-    process.start()
-    return process
-
-
-def members(group: int) -> list[str]:
-    """Processes of a group that still run: those that have ended and wait for their parent to notice do not count."""
-    table = subprocess.run(["ps", "-A", "-o", "pgid=,stat=,pid="], check=True, capture_output=True, text=True).stdout
-    rows = [line.split() for line in table.splitlines()]
-    return [pid for number, state, pid in rows if int(number) == group and not state.startswith("Z")]
-
-
-def finish(process: BaseProcess) -> int:
-    """Wait for the end, and see that nothing is left of its group."""
-    process.join(60)
-    assert process.exitcode is not None
-    deadline = time.monotonic() + 10
-    while left := members(process.pid):
-        assert time.monotonic() < deadline, f"processes {left} of its group still run"
-    return process.exitcode
 
 
 def wait_for(condition: Callable[[], bool], process: BaseProcess) -> None:
@@ -78,14 +51,14 @@ def wait_for(condition: Callable[[], bool], process: BaseProcess) -> None:
 
 
 @pytest.fixture
-def flags(make_data, tmp_path: Path) -> Callable[[str, Path], list[str]]:
+def flags(make_data, tmp_path: Path) -> Callable[..., list[str]]:
     """Flags of a run of a script that saves to the folder given; for main.py, with a backbone."""
     data_dir, backbone = make_data(n_train=3), tmp_path / "backbone.tar"
-    content = {"model_dict": build_backbone("resnet18").state_dict(), "arch": "resnet18", "patch_size": 32}
-    torch.save(content, backbone)
 
-    def make(script: str, save_dir: Path) -> list[str]:
-        own = [*CLASSIFIER, "--backbone", str(backbone)] if script == "main" else BACKBONE
+    def make(script: str, save_dir: Path, arch: str = ARCH) -> list[str]:
+        if not backbone.exists():
+            save_backbone(backbone, arch)
+        own = [*CLASSIFIER, "--backbone", str(backbone)] if script == "main" else [*BACKBONE, "--arch", arch]
         return [*own, "--data_dir", str(data_dir), "--save_dir", str(save_dir), *SMALL]
 
     return make
@@ -112,10 +85,10 @@ def resumed(argv: list[str]) -> list[str]:
     ],
 )
 def test_killed_at_any_moment_and_resumed_is_never_killed(script: str, n_kills: int, flags, tmp_path: Path) -> None:
-    """Every other kill is timed to hit the writing of a checkpoint."""
+    """Every other kill is timed to hit the writing of a checkpoint, which has to be a large one for that."""
     n_epochs, rng = 4, random.Random(script)
     straight, printed = tmp_path / "straight", tmp_path / "printed.txt"
-    argv = [*flags(script, straight), "--epochs", str(n_epochs)]
+    argv = [*flags(script, straight, "resnet18"), "--epochs", str(n_epochs)]
     begin = time.monotonic()
     assert finish(start(script, argv, printed)) == 0, printed.read_text()
     duration = time.monotonic() - begin
@@ -123,7 +96,7 @@ def test_killed_at_any_moment_and_resumed_is_never_killed(script: str, n_kills: 
     for i in range(n_kills):
         folder = tmp_path / f"killed_{i}"
         folder.mkdir()
-        argv = [*flags(script, folder), "--epochs", str(n_epochs)]
+        argv = [*flags(script, folder, "resnet18"), "--epochs", str(n_epochs)]
         process = start(script, argv, printed)
         time.sleep(rng.uniform(0, duration))
         if i % 2 == 0:
@@ -193,7 +166,7 @@ def test_full_disk_leaves_earlier_files(script: str, flags, tmp_path: Path) -> N
     argv = flags(script, folder)
     assert finish(start(script, [*argv, "--epochs", "1"], printed)) == 0
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".tar"}
-    assert finish(start(script, [*resumed(argv), "--epochs", "2"], printed, largest_file=10**6)) == 1
+    assert finish(start(script, [*resumed(argv), "--epochs", "2"], printed, largest_file=10**5)) == 1
     *_, line = printed.read_text().splitlines()
     assert line.startswith(f"error: cannot write {folder}/") and line.endswith("earlier files are intact")
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".csv"} == before
@@ -262,7 +235,7 @@ def test_each_picture_is_answered_for_once() -> None:
 def test_evaluation_notices_a_picture_seen_twice(make_data, make_model) -> None:
     pictures = dataset.read_list(make_data(), "test")
     machine = utils.Machine(torch.device("cpu"), [], "fp32", 0, 1)
-    backbone = pretrain.PretrainNetwork(backbone=build_backbone("resnet18"), n_classes=N_CLASSES, patch_size=32)
+    backbone = pretrain.PretrainNetwork(backbone=build_backbone(ARCH), n_classes=N_CLASSES, patch_size=32)
     noise = torch.zeros(9, 1, 2, 2)
     for order in ([0, 1, 2, 3, 4, 5, 6, 7, 7], range(8)):
         loader = dataset.make_loader(pictures, order, canvas_size=128, batch_size=4, num_workers=0)
@@ -296,7 +269,7 @@ def test_two_processes_give_the_gradient_of_one(make_model, tmp_path: Path) -> N
     net = make_model()
     for world_size in (1, 2):
         processes = [
-            fork.Process(target=gradients, args=(rank, world_size, net, tmp_path)) for rank in range(world_size)
+            forkserver.Process(target=gradients, args=(rank, world_size, net, tmp_path)) for rank in range(world_size)
         ]
         for process in processes:
             process.start()
@@ -358,7 +331,7 @@ def test_checkout_that_cannot_be_written_to(flags, tmp_path: Path) -> None:
         (checkout / path.name).write_bytes(path.read_bytes())
     checkout.chmod(0o555)
     before = sorted(checkout.iterdir())
-    command = [sys.executable, "main.py", *flags("main", out), "--epochs", "1"]
+    command = [sys.executable, "main.py", *flags("main", out, "resnet18"), "--epochs", "1"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
     assert done.returncode == 0 and (out / "saved_model.tar").exists(), done.stderr
     assert [path for path in sorted(checkout.iterdir()) if path.name != "__pycache__"] == before

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,20 @@ import numpy as np
 import pytest
 import torch
 import toy_table
-from conftest import BACKBONE, SMALL, draw_picture, fails, read, read_log, same, write_list
+from conftest import (
+    ARCH,
+    BACKBONE,
+    SMALL,
+    draw_picture,
+    fails,
+    finish,
+    read,
+    read_log,
+    same,
+    save_backbone,
+    start,
+    write_list,
+)
 from PIL import Image
 from scipy.io import loadmat
 
@@ -38,7 +52,6 @@ def main_args(make_data, save_dir: Path, tmp_path: Path) -> list[str]:
     return [*folders, *SMALL]
 
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 MODEL = ["--rnn_hidden", "16", "--k", "2", "--start_size", "1", "--n_glimpses", "2", "--lr", "0.01"]
 
 
@@ -71,8 +84,8 @@ def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, c
     pretrain.main([*pretrain_args, "--epochs", "2"])
     out = tmp_path / "out"
     best, last = read(out / "pt_glimpse_model.tar"), read(out / "pt_last.tar")
-    assert best["model_dict"].keys() == build_backbone("resnet18").state_dict().keys()
-    assert (best["arch"], best["patch_size"]) == ("resnet18", 32) and last["epoch"] == 1
+    assert best["model_dict"].keys() == build_backbone(ARCH).state_dict().keys()
+    assert (best["arch"], best["patch_size"]) == (ARCH, 32) and last["epoch"] == 1
     rows = read_log(out / "pt_log.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"] and max(float(row["valid_acc_123"]) for row in rows) == (
         pytest.approx(last["best_score"], rel=1e-5)
@@ -159,7 +172,7 @@ def test_heads_are_tested_as_they_were_saved(
     checkpoint, names = read(path), [name.item() for name in loadmat(list_path)["file_list"].ravel()]
     assert (
         checkpoint["heads"].keys()
-        == PretrainNetwork(backbone=build_backbone("resnet18"), n_classes=3, patch_size=32).heads.state_dict().keys()
+        == PretrainNetwork(backbone=build_backbone(ARCH), n_classes=3, patch_size=32).heads.state_dict().keys()
     )
     for head, answer in enumerate((0, 1, 2, 0)):
         checkpoint["heads"][f"{head}.3.bias"] = 1000 * torch.eye(3)[answer]
@@ -200,14 +213,13 @@ def test_probe_is_the_optimum_and_reads_what_is_there(make_data, tmp_path: Path,
     for folder, color in zip(sorted((data_dir / "Images").iterdir()), ("red", "green", "blue")):
         for file in folder.iterdir():
             Image.new("RGB", (64, 64), color).save(file)
-    net = ["--arch", "resnet18", "--patch_size", "32", "--weights", "none"]
-    pretrain.main(["--data_dir", str(data_dir), "--save_dir", str(tmp_path / "out"), *SMALL, *net, "--task=probe"])
+    pretrain.main(["--data_dir", str(data_dir), "--save_dir", str(tmp_path / "out"), *SMALL, *BACKBONE, "--task=probe"])
     assert capsys.readouterr().out.splitlines()[-1] == "test accuracy 1.0000"
     assert not (tmp_path / "out").exists()
     list_path = data_dir / "lists" / "test_list.mat"
     names = [name.item() for name in loadmat(list_path)["file_list"].ravel()]
     write_list(list_path, names[:8], [1] * 8)
-    message = fails(pretrain.main, ["--data_dir", str(data_dir), *SMALL, *net, "--task=probe"])
+    message = fails(pretrain.main, ["--data_dir", str(data_dir), *SMALL, *BACKBONE, "--task=probe"])
     assert "name other classes" in message
 
 
@@ -274,7 +286,7 @@ def test_2018_checkpoint_is_accepted(zipped: bool, make_data, tmp_path: Path) ->
 
 def test_backbone_in_the_checkpoint_is_the_pretrained_one(main_args: list[str], save_dir: Path) -> None:
     main.main([*main_args, *MODEL, "--epochs", "2"])
-    backbone = build_backbone("resnet18")
+    backbone = build_backbone(ARCH)
     backbone.load_state_dict(read(save_dir / "pt_glimpse_model.tar")["model_dict"])
     before, after = fold_batchnorm(backbone).state_dict(), read(save_dir / "last.tar")["model_dict"]
     assert all(torch.equal(value, after[f"glimpse.backbone.{key}"]) for key, value in before.items())
@@ -407,26 +419,33 @@ def test_resumed_pretraining_is_the_uninterrupted_one(
 # --- several processes
 
 
+@pytest.fixture
+def run_by_two(tmp_path: Path) -> Callable[[str, list[str]], str]:
+    """Runs a script in two processes, with what torchrun tells them, and returns what they print."""
+
+    def run(script: str, argv: list[str]) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        printed = [tmp_path / f"printed_{rank}.txt" for rank in "01"]
+        started = [start(script, argv, path, RANK=rank, LOCAL_RANK=rank, **shared) for rank, path in zip("01", printed)]
+        assert [finish(process) for process in started] == [0, 0], [path.read_text() for path in printed]
+        return "".join(path.read_text() for path in printed)
+
+    return run
+
+
 def test_two_processes_train_and_evaluate_as_one(
-    main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture
+    main_args: list[str], save_dir: Path, run_by_two, capsys: pytest.CaptureFixture
 ) -> None:
-    """torchrun on the CPU: a single process loads the checkpoint, and its figures are the same."""
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(ROOT / "main.py"),
-    ]
+    """A single process loads the checkpoint, and its figures are the same."""
     flags = [*main_args, *MODEL, "--n_glimpses", "1", "--epochs", "2"]
-    training = subprocess.run([*launch, *flags], capture_output=True, text=True)
-    assert training.returncode == 0 and training.stdout.count("epoch 2/2") == 1, training.stderr
+    assert run_by_two("main", flags).count("epoch 2/2") == 1
     logs = [read_log(save_dir / "log.csv")]
-    testing = subprocess.run([*launch, *main_args, "--task=test"], capture_output=True, text=True)
-    assert testing.returncode == 0, testing.stderr
+    tested = run_by_two("main", [*main_args, "--task=test"])
     main.main([*main_args, "--task=test"])
-    assert testing.stdout == capsys.readouterr().out and "9 test pictures" in testing.stdout  # dealt out as 5 and 4
+    assert tested == capsys.readouterr().out and "9 test pictures" in tested  # dealt out as 5 and 4
     main.main(flags)
     logs.append(read_log(save_dir / "log.csv"))
     for together, alone in zip(*logs, strict=True):
@@ -435,20 +454,24 @@ def test_two_processes_train_and_evaluate_as_one(
 
 
 def test_two_processes_do_not_wait_for_unused_attention(main_args: list[str], save_dir: Path) -> None:
-    """With a fixed policy the location network has no gradient (and with one glimpse, above, a part of it has none)."""
+    """With a fixed policy the location network has no gradient (and with one glimpse, above, a part of it has none).
+
+    By torchrun itself.
+    """
+    save_backbone(save_dir / "pt_glimpse_model.tar", "resnet18")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = ["--rnn_hidden", "16", "--k", "1", "--start_size", "4", "--policy", "center", "--epochs", "2"]
-    done = subprocess.run([*LAUNCH, str(ROOT / "main.py"), *main_args, *flags], capture_output=True, text=True)
+    done = subprocess.run([*launch, str(ROOT / "main.py"), *main_args, *flags], capture_output=True, text=True)
     assert done.returncode == 0 and read(save_dir / "last.tar")["epoch"] == 1, done.stderr
 
 
-def test_two_processes_pretrain_what_they_validate(pretrain_args: list[str], tmp_path: Path) -> None:
+def test_two_processes_pretrain_what_they_validate(pretrain_args: list[str], run_by_two, tmp_path: Path) -> None:
     """Each process has BatchNorm statistics of its own after a step; the figures must be those of the file saved."""
-    out, script = tmp_path / "out", str(ROOT / "pretrain.py")
-    done = subprocess.run([*LAUNCH, script, *pretrain_args, "--epochs", "1"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    run_by_two("pretrain", [*pretrain_args, "--epochs", "1"])
     row = read_log(out / "pt_log.csv")[0]
     machine = utils.set_up_machine("cpu", None, "fp32")
-    net = PretrainNetwork(backbone=build_backbone("resnet18"), n_classes=3, patch_size=32)
+    net = PretrainNetwork(backbone=build_backbone(ARCH), n_classes=3, patch_size=32)
     net.load_state_dict(read(out / "pt_last.tar")["model_dict"])
     loading = {"canvas_size": 128, "batch_size": 4, "num_workers": 0}
     lists = dataset.split_list(dataset.read_list(pretrain_args[1], "train"), 0.3)
@@ -773,7 +796,7 @@ def test_toy_table_is_of_the_reports_and_continued(
         return printed.getvalue()
 
     monkeypatch.setattr(toy_table, "run", run)
-    monkeypatch.setattr(toy_table, "BACKBONE", [*toy_table.BACKBONE[:-1], "1"])
+    monkeypatch.setattr(toy_table, "BACKBONE", [*toy_table.BACKBONE[:-1], "1", "--arch", ARCH])
     once = ["--rnn_hidden", "8", "--epochs", "1"]
     monkeypatch.setattr(toy_table, "ROWS", {"learned": once, "one, center": [*once, "--policy", "center"]})
     for _ in range(2):
