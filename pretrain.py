@@ -219,6 +219,7 @@ def test(args: argparse.Namespace, machine: utils.Machine) -> None:
     )
     for name in HEADS:
         machine.say(f"head {name:4} accuracy {means['acc_' + name]:.4f}")
+    machine.say(utils.next_command(args, "main.py"))
 
 
 @torch.no_grad()
@@ -287,6 +288,7 @@ def probe(args: argparse.Namespace, machine: utils.Machine) -> None:
     )
     machine.say(f"weight decay {PROBE_WEIGHT_DECAYS[best]:g}, chosen on validation: accuracy {valid[best]:.4f}")
     machine.say(f"test accuracy {accuracy(probes[best], *others[1]):.4f}")
+    machine.say(utils.next_command(args, "pretrain.py"))
 
 
 TASKS = {"train": train, "test": test, "probe": probe}

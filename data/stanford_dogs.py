@@ -7,6 +7,7 @@ The same command continues an interrupted run.
 import argparse
 import hashlib
 import http.client
+import shlex
 import shutil
 import sys
 import tarfile
@@ -179,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"Stanford Dogs is complete in {args.data_dir}")
+    print(f"next: python pretrain.py --data_dir {shlex.quote(str(args.data_dir))}")
     return 0
 
 

@@ -9,6 +9,7 @@ import argparse
 import csv
 import math
 import os
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -270,6 +271,8 @@ def main(argv: list[str] | None = None) -> None:
         f"Drew {args.n_train} training and {args.n_test} test pictures ({args.size} x {args.size}, "
         f"seed {args.seed}) of {len(BREEDS)} toy breeds into {args.data_dir}"
     )
+    folder = shlex.quote(str(args.data_dir))
+    print(f"next: python pretrain.py --data_dir {folder} --weights none --arch resnet18 --patch_size 32")
 
 
 if __name__ == "__main__":

@@ -188,6 +188,7 @@ def test_heads_are_tested_as_they_were_saved(
         "head 13   accuracy 0.3333",
         "head 23   accuracy 0.4444",
         "head 123  accuracy 0.2222",
+        f"next: python main.py --data_dir {pretrain_args[1]} --save_dir {tmp_path / 'out'}",
     ]
     assert "--resume_training" in refuses(pretrain.main, ["--task=test", "--resume_training"], capsys)
     assert "--weights" in refuses(pretrain.main, [*given, "--weights", "none"], capsys)
@@ -214,7 +215,8 @@ def test_probe_is_the_optimum_and_reads_what_is_there(make_data, tmp_path: Path,
         for file in folder.iterdir():
             Image.new("RGB", (64, 64), color).save(file)
     pretrain.main(["--data_dir", str(data_dir), "--save_dir", str(tmp_path / "out"), *SMALL, *BACKBONE, "--task=probe"])
-    assert capsys.readouterr().out.splitlines()[-1] == "test accuracy 1.0000"
+    *_, accuracy, following = capsys.readouterr().out.splitlines()
+    assert accuracy == "test accuracy 1.0000" and following.startswith("next: python pretrain.py --data_dir ")
     assert not (tmp_path / "out").exists()
     list_path = data_dir / "lists" / "test_list.mat"
     names = [name.item() for name in loadmat(list_path)["file_list"].ravel()]
