@@ -41,6 +41,8 @@ def run(main: Callable[[], None], *user_errors: type[Exception]) -> None:
     def terminate(number: int, frame: object) -> None:
         nonlocal exit_code
         exit_code = 128 + number
+        # Whoever signals the whole group ends the loader's workers too, which PyTorch would report as a crash.
+        signal.signal(signal.SIGCHLD, lambda *_: None)
         raise KeyboardInterrupt
 
     exit_code = 128 + signal.SIGINT

@@ -121,21 +121,25 @@ def test_killed_at_any_moment_and_resumed_is_never_killed(script: str, n_kills: 
 
 
 @pytest.mark.parametrize(
-    ("script", "number", "exit_code"),
+    ("script", "number", "exit_code", "send"),
     [
-        ("main", signal.SIGTERM, 143),
-        ("pretrain", signal.SIGINT, 130),
-        pytest.param("main", signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param("pretrain", signal.SIGTERM, 143, marks=pytest.mark.slow),
+        ("main", signal.SIGTERM, 143, os.kill),
+        ("pretrain", signal.SIGTERM, 143, os.killpg),
+        ("pretrain", signal.SIGINT, 130, os.killpg),
+        pytest.param("main", signal.SIGINT, 130, os.killpg, marks=pytest.mark.slow),
+        pytest.param("main", signal.SIGTERM, 143, os.killpg, marks=pytest.mark.slow),
+        pytest.param("pretrain", signal.SIGTERM, 143, os.kill, marks=pytest.mark.slow),
     ],
 )
-def test_stopped_by_a_signal(script: str, number: int, exit_code: int, flags, tmp_path: Path) -> None:
-    """Ctrl-C goes to all processes of the terminal, SIGTERM to the one."""
+def test_stopped_by_a_signal(
+    script: str, number: int, exit_code: int, send: Callable[[int, int], None], flags, tmp_path: Path
+) -> None:
+    """Ctrl-C goes to all processes of the terminal; SIGTERM to the one, or to its workers too."""
     folder, printed = tmp_path / "out", tmp_path / "printed.txt"
     argv = [*flags(script, folder), "--epochs", "1000", "--num_workers", "2"]
     process = start(script, argv, printed)
     wait_for(lambda: printed.exists() and "epoch 1/" in printed.read_text(), process)
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    send(process.pid, number)
     assert finish(process) == exit_code
     *_, line = printed.read_text().splitlines()
     last = folder / FILES[script][0]
