@@ -64,7 +64,8 @@ def read_list(data_dir: str | Path, split: str) -> PictureList:
         return split_list(read_class_folders(data_dir / "Images", origin), TEST_SIZE)[split == "test"]
     raise DataError(
         f"no pictures at {data_dir / 'Images'} or {data_dir / 'train'}: make them with `python data/stanford_dogs.py` "
-        "(Stanford Dogs) or `python data/toy_dogs.py` (a small synthetic set in data/toy), or give another --data_dir"
+        "(Stanford Dogs) or `python data/toy_dogs.py` (a small synthetic set in data/toy), put your own into "
+        "Images/<class>/, or give another --data_dir"
     )
 
 

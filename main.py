@@ -305,6 +305,8 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
         machine.say(f"untrained classifier in {best_path}")
         machine.say(utils.next_command(args, "main.py", "--task=test"))
         return
+    if first_epoch >= flags["epochs"]:
+        machine.say(f"{utils.count(first_epoch, 'epoch')} of {flags['epochs']} done: to go on, raise --epochs")
     with utils.stoppable(last_path, resumed=last is not None):
         for epoch in range(first_epoch, flags["epochs"]):
             start = time.perf_counter()
@@ -512,7 +514,6 @@ def predict(args: argparse.Namespace, machine: utils.Machine) -> None:
     """Name the five likeliest breeds of each picture given, and draw where the model looked."""
     model, flags, class_names = load_classifier(args, machine)
     files = find_pictures(args.images)
-    utils.prepare_folder(args.imgs_dir)
     noise = evaluation_noise(flags["policy"], 1, args.n_trajectories, model.n_glimpses, flags["seed"])
     for i, file in enumerate(files):
         canvas, rollout = look_at(file, model, noise, flags["policy"], machine)
@@ -521,6 +522,7 @@ def predict(args: argparse.Namespace, machine: utils.Machine) -> None:
         path = args.imgs_dir / f"predict_{i}_{file.stem}.jpg"
         caption = f"predicted {class_names[labels[0]]} ({values[0]:.2f})"
         panel = draw_first_trajectory(canvas, rollout, model, class_names, caption)
+        utils.prepare_folder(args.imgs_dir)
         panel.save(path, quality=95, subsampling=0)
         machine.say(f"{file} (drawn in {path})")
         for probability, label in zip(values.tolist(), labels.tolist()):

@@ -585,11 +585,15 @@ def test_scales_gpus_and_contradictions(main_args: list[str], save_dir: Path) ->
     read(save_dir / "last.tar")  # nothing was damaged
 
 
-def test_pretraining_is_resumed_as_it_was(pretrain_args: list[str], tmp_path: Path) -> None:
+def test_pretraining_is_resumed_as_it_was(
+    pretrain_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     pretrain.main([*pretrain_args, "--epochs", "1"])
     for flag, value in (("--arch", "resnet34"), ("--patch_size", "64"), ("--seed", "1")):
         assert flag in fails(pretrain.main, [*pretrain_args, "--resume_training", flag, value])
     path = tmp_path / "out" / "pt_last.tar"
+    pretrain.main([*pretrain_args, "--resume_training"])
+    assert "1 epoch of 1 done" in capsys.readouterr().out
     pretrain.main([*pretrain_args, "--resume_training", "--epochs", "2", "--lr", "0.5"])
     last = read(path)
     assert last["lr"] == last["optimizer"]["param_groups"][0]["lr"] == 0.5
@@ -766,10 +770,13 @@ def test_supervision_is_the_flags(main_args: list[str], save_dir: Path) -> None:
     assert losses["each"] != losses["last"]
 
 
-def test_resuming_keeps_the_number_of_epochs(main_args: list[str], save_dir: Path) -> None:
+def test_resuming_keeps_the_number_of_epochs(
+    main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
     main.main([*main_args, *MODEL, "--epochs", "1"])
     main.main([*main_args, "--resume_training"])  # not 101, the default of a new run
     assert read(save_dir / "last.tar")["epoch"] == 0
+    assert capsys.readouterr().out.count("1 epoch of 1 done: to go on, raise --epochs") == 1
 
 
 def test_scores_by_hand() -> None:

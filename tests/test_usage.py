@@ -136,9 +136,11 @@ def test_both_scripts_on_own_pictures(own_data: Path, tmp_path: Path, capsys: py
         *(str(tmp_path / "photos" / f"{i}.png") for i in (0, 1)),
     ]
     assert len(list(imgs.glob("predict_*.jpg"))) == 3
-    assert "no picture in that folder" in fails(
-        main.main, [*shared, "--task=predict", "--images", str(tmp_path / "empty")]
-    )
+    (tmp_path / "notes.txt").write_text("no picture")
+    for path, reason in ((tmp_path / "empty", "no picture in that folder"), (tmp_path / "notes.txt", "not a picture")):
+        argv = [*shared, "--task=predict", "--imgs_dir", str(tmp_path / "nothing"), "--images", str(path)]
+        assert reason in fails(main.main, argv)
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_pictures_of_phones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
