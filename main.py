@@ -305,10 +305,8 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
         machine.say(f"untrained classifier in {best_path}")
         machine.say(utils.next_command(args, "main.py", "--task=test"))
         return
-    if first_epoch >= flags["epochs"]:
-        machine.say(f"{utils.count(first_epoch, 'epoch')} of {flags['epochs']} done: to go on, raise --epochs")
     with utils.stoppable(last_path, resumed=last is not None):
-        for epoch in range(first_epoch, flags["epochs"]):
+        for epoch in utils.epochs_left(first_epoch, flags["epochs"], machine):
             start = time.perf_counter()
             title = f"epoch {epoch + 1}/{flags['epochs']}"
             train_loader.sampler.epoch = epoch
@@ -482,16 +480,15 @@ def view_glimpses(args: argparse.Namespace, machine: utils.Machine) -> None:
     """Draw where the best classifier looks, on test pictures that the seed alone chooses."""
     pictures = read_list(args.data_dir, "test")
     model, flags, _ = load_classifier(args, machine, pictures)
-    utils.prepare_folder(args.imgs_dir)
     order = fixed_choice(len(pictures.files), args.n_samples, flags["seed"])
     views = look_at_list(pictures, order, model, flags["policy"], flags["seed"], machine)
     on_sheet = []
     for i, view in enumerate(tqdm(views, "view_glimpses", len(order), unit=" pictures", leave=False, disable=None)):
-        view.panel.save(args.imgs_dir / f"glimpse_{i}.jpg", quality=95, subsampling=0)
+        utils.save_picture(args.imgs_dir / f"glimpse_{i}.jpg", view.panel)
         if i < N_ON_SHEET:
             on_sheet.append((view.canvas, view.boxes, view.caption.replace(", true", "\ntrue")))
     sheet_path = args.imgs_dir / "contact_sheet.jpg"
-    draw_contact_sheet(*zip(*on_sheet)).save(sheet_path, quality=95, subsampling=0)
+    utils.save_picture(sheet_path, draw_contact_sheet(*zip(*on_sheet)))
     machine.say(f"where the model looks on {utils.count(len(order), 'picture')}: {args.imgs_dir}/glimpse_0.jpg, ...")
     machine.say(f"{utils.count(len(on_sheet), 'picture')} at a glance: {sheet_path}")
     machine.say(utils.next_command(args, "main.py", "--task=predict", "--images", "photo.jpg"))
@@ -521,9 +518,7 @@ def predict(args: argparse.Namespace, machine: utils.Machine) -> None:
         values, labels = probabilities.flatten().topk(min(5, len(class_names)))
         path = args.imgs_dir / f"predict_{i}_{file.stem}.jpg"
         caption = f"predicted {class_names[labels[0]]} ({values[0]:.2f})"
-        panel = draw_first_trajectory(canvas, rollout, model, class_names, caption)
-        utils.prepare_folder(args.imgs_dir)
-        panel.save(path, quality=95, subsampling=0)
+        utils.save_picture(path, draw_first_trajectory(canvas, rollout, model, class_names, caption))
         machine.say(f"{file} (drawn in {path})")
         for probability, label in zip(values.tolist(), labels.tolist()):
             machine.say(f"  {probability:6.1%}  {class_names[label]}")

@@ -172,10 +172,8 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     run = {"flags": {**vars(args), **flags}, "data": data, "origin": train_list.origin, "outputs": outputs}
     machine.say(utils.describe_run(**run, model=model, machine=machine, board=board))
 
-    if first_epoch >= flags["epochs"]:
-        machine.say(f"{utils.count(first_epoch, 'epoch')} of {flags['epochs']} done: to go on, raise --epochs")
     with utils.stoppable(last_path, resumed=last is not None):
-        for epoch in range(first_epoch, flags["epochs"]):
+        for epoch in utils.epochs_left(first_epoch, flags["epochs"], machine):
             start = time.perf_counter()
             title = f"epoch {epoch + 1}/{flags['epochs']}"
             train_loader.sampler.epoch = epoch

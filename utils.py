@@ -14,6 +14,7 @@ from typing import IO, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -401,6 +402,13 @@ def restore(
     return last["epoch"] + 1, last["best_score"]
 
 
+def epochs_left(first: int, epochs: int, machine: Machine) -> range:
+    """The epochs (from 0) that are still to be trained, of `epochs` in all; where none is, it says so."""
+    if first >= epochs:
+        machine.say(f"{count(first, 'epoch')} of {epochs} done: to go on, raise --epochs")
+    return range(first, epochs)
+
+
 def refuse_other_data(stored: dict[str, Any], data: dict[str, Any], path: Path) -> None:
     """Raise UserError if training would go on with other classes, other list sizes or another split."""
     for name, value in data.items():
@@ -543,6 +551,13 @@ def write_table(path: Path, header: list[str], rows: Iterable[list[Any]]) -> Non
     """Write a CSV file, whole or not at all."""
     with replacing(path, mode="w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
+
+
+def save_picture(path: Path, image: Image.Image) -> None:
+    """Write a drawing as a JPEG, whole or not at all, into a folder that is made for it. Raises UserError."""
+    prepare_folder(path.parent)
+    with replacing(path, mode="wb") as file:
+        image.save(file, "JPEG", quality=95, subsampling=0)
 
 
 def count(n: int, noun: str) -> str:

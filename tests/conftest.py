@@ -50,6 +50,11 @@ def narrow(weights: None = None) -> NarrowResNet:
 pretrain.ARCHITECTURES = (*pretrain.ARCHITECTURES, ARCH)
 
 
+def save_backbone(path: Path, arch: str = ARCH) -> None:
+    """A backbone for 32-pixel patches, as pretrain.py leaves it."""
+    torch.save({"model_dict": build_backbone(arch).state_dict(), "arch": arch, "patch_size": 32}, path)
+
+
 # --- processes
 
 
@@ -136,11 +141,6 @@ def fails(script: Callable[[list[str]], None], argv: list[str]) -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def save_backbone(path: Path, arch: str = ARCH) -> None:
-    """A backbone for 32-pixel patches, as pretrain.py leaves it."""
-    torch.save({"model_dict": build_backbone(arch).state_dict(), "arch": arch, "patch_size": 32}, path)
 
 
 def draw_picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
