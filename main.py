@@ -292,20 +292,21 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     board = utils.open_tensorboard(board_dir, first_epoch) if args.tensorboard and machine.rank == 0 else None
     outputs = {"best classifier": best_path, "to resume from": last_path, "metrics": log_path}
     run = {"flags": {**vars(args), **settings}, "data": data, "origin": train_list.origin, "outputs": outputs}
-    machine.say(utils.describe_run(**run, model=model, machine=machine, board=board))
-
     policy, n_glimpses, seed = flags["policy"], flags["n_glimpses"], flags["seed"]
     valid_noise = evaluation_noise(policy, data["validation pictures"], int(policy == "random"), n_glimpses, seed)
-    if flags["epochs"] == 0 and last is None:  # what the untrained network does, to compare with
-        if machine.rank == 0:
-            if best_path.exists():
-                raise utils.UserError(f"{best_path} would be lost to an untrained classifier: give another --save_dir")
-            untrained = {**settings, "model_dict": utils.cpu_state(model), "epoch": -1, "data": data}
-            utils.save_checkpoint(best_path, untrained)
-        machine.say(f"untrained classifier in {best_path}")
-        machine.say(utils.next_command(args, "main.py", "--task=test"))
-        return
     with utils.stoppable(last_path, resumed=last is not None):
+        machine.say(utils.describe_run(**run, model=model, machine=machine, board=board))
+        if flags["epochs"] == 0 and last is None:  # what the untrained network does, to compare with
+            if machine.rank == 0:
+                if best_path.exists():
+                    raise utils.UserError(
+                        f"{best_path} would be lost to an untrained classifier: give another --save_dir"
+                    )
+                untrained = {**settings, "model_dict": utils.cpu_state(model), "epoch": -1, "data": data}
+                utils.save_checkpoint(best_path, untrained)
+            machine.say(f"untrained classifier in {best_path}")
+            machine.say(utils.next_command(args, "main.py", "--task=test"))
+            return
         for epoch in utils.epochs_left(first_epoch, flags["epochs"], machine):
             start = time.perf_counter()
             title = f"epoch {epoch + 1}/{flags['epochs']}"

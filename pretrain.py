@@ -170,9 +170,8 @@ def train(args: argparse.Namespace, machine: utils.Machine) -> None:
     board = utils.open_tensorboard(board_dir, first_epoch) if args.tensorboard and machine.rank == 0 else None
     outputs = {"best backbone": best_path, "to resume from": last_path, "metrics": log_path}
     run = {"flags": {**vars(args), **flags}, "data": data, "origin": train_list.origin, "outputs": outputs}
-    machine.say(utils.describe_run(**run, model=model, machine=machine, board=board))
-
     with utils.stoppable(last_path, resumed=last is not None):
+        machine.say(utils.describe_run(**run, model=model, machine=machine, board=board))
         for epoch in utils.epochs_left(first_epoch, flags["epochs"], machine):
             start = time.perf_counter()
             title = f"epoch {epoch + 1}/{flags['epochs']}"
