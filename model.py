@@ -24,16 +24,31 @@ SUPERVISIONS = ("each", "last")
 PATCHES_PER_PASS = 256  # bounds the memory that many trajectories take: 0.6 GB for a float32 stem at P = 96
 
 
-def build_backbone(arch: str) -> nn.Sequential:
+class Backbone(nn.Sequential):
+    """Layers that, in float32 on a CPU, run in the memory layout of oneDNN's own kernels.
+
+    They compute the same there as in PyTorch's layouts, in less time and, in training, less memory.
+    """
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[N, 3, P, P] -> [N, D, P/16, P/16]."""
+        device = patches.device.type
+        float32 = patches.dtype == torch.float32 and not torch.is_autocast_enabled(device)
+        has_backward = self.training or not torch.is_grad_enabled()  # BatchNorm's, which in eval mode lacks one there
+        if device == "cpu" and float32 and has_backward and torch.backends.mkldnn.is_available():
+            return super().forward(patches.to_mkldnn()).to_dense()
+        return super().forward(patches)
+
+
+def build_backbone(arch: str) -> Backbone:
     """A torchvision ResNet without pooling and classifier, its stem 5x5 with stride 1.
 
-    Maps [N, 3, P, P] to [N, D, P/16, P/16].
     The state-dict keys ("0.weight", "4.0.conv1.weight", ...) are those of the 2018 `pt_glimpse_model.tar`.
     """
     resnet = torchvision.models.get_model(arch, weights=None)
     resnet.conv1 = nn.Conv2d(3, 64, kernel_size=5, stride=1, padding=2, bias=False)
     nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's own stem
-    return nn.Sequential(*list(resnet.children())[:-2])
+    return Backbone(*list(resnet.children())[:-2])
 
 
 def feature_size(backbone: nn.Sequential) -> int:

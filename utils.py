@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import csv
+import ctypes
 import os
+import platform
 import shlex
 import signal
 import sys
@@ -201,6 +203,18 @@ class Machine(NamedTuple):
             print(text, flush=True)
 
 
+def keep_freed_memory() -> None:
+    """Let tensors take the memory that earlier ones left, as a GPU's do.
+
+    By default glibc hands every large block back to the system at once, which must clear fresh pages for the next
+    activation: a quarter of the time of a forward pass. The numbers of the two options are those of malloc.h.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block comes from the system by itself
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: none goes back
+
+
 def set_up_machine(device: str, gpus: list[int] | None, precision: str) -> Machine:
     """Choose device and precision, and join the other processes if torchrun started this one.
 
@@ -215,6 +229,7 @@ def set_up_machine(device: str, gpus: list[int] | None, precision: str) -> Machi
         raise UserError("--gpus with --device cpu: leave one of them out")
     if device == "cpu":
         gpus, place = [], torch.device("cpu")
+        keep_freed_memory()
     else:
         gpus = list(range(n_gpus)) if gpus is None else gpus
         unknown = [gpu for gpu in gpus if gpu >= n_gpus]

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import runpy
 import statistics
 import sys
 import tempfile
@@ -44,8 +45,8 @@ from model import PATCHES_PER_PASS, PretrainNetwork, RecurrentAttention, build_b
 N_CLASSES = 120
 K, START_SIZE = 2, 2
 N_TRAJECTORIES = 7
-# Of the 2018 code on two cores in float32, the same work: seconds and peak memory in GB.
-IN_2018 = {"pretrain 128 + 64": (80, 5.0), "train 128 + 19": (74, 2.8), "test 64": (134, 5.1)}
+# Of the 2018 code on two cores of another machine in float32, the same work: seconds and peak memory in GB.
+IN_2018 = {"pretrain 128 + 64": (80.0, 5.0), "train 128 + 19": (74.0, 2.8), "test 64": (134.0, 5.1)}
 TIMES_FASTER = {"fp32": (1.2, 2.5, 3.2), "bf16": (2.5, 4.5, 6.5)}
 
 
@@ -58,6 +59,7 @@ class Setting(NamedTuple):
     patch_size: int
     rounds: int
     batch_sizes: dict[str, int]  # of each script's step
+    clone_of_2018: Path | None
 
 
 class Figure(NamedTuple):
@@ -352,14 +354,33 @@ def measure_reference(setting: Setting) -> list[Figure]:
 def run_job(script: str, flags: list[str], machine: utils.Machine) -> tuple[float, float]:
     """Seconds of a command once everything is imported, and its peak memory in GB."""
     module = importlib.import_module(script)
+    multiprocessing.set_start_method(None, force=True)  # of its loader's workers: the system's own, as from a shell
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         start = time.perf_counter()
         module.main(flags)
     return time.perf_counter() - start, peak_memory(machine)
 
 
+def run_job_of_2018(script: Path, flags: list[str], folder: Path, machine: utils.Machine) -> tuple[float, float]:
+    """The same of a script of the 2018 repository as it stands, on a CPU, in a folder that holds data/Original."""
+    os.chdir(folder)
+    multiprocessing.set_start_method(None, force=True)
+    for name in ("dataset", "main"):
+        del sys.modules[name]  # ours, which would be taken for theirs
+    sys.path.insert(0, str(script.parent))
+    sys.argv = [str(script), *flags]
+    resnet50 = torchvision.models.resnet50
+    torchvision.models.resnet50 = lambda pretrained: resnet50()  # takes the same time, and no download
+    torch.Tensor.__round__ = lambda number: round(number.item())  # Pillow now rounds the corners of a crop: tensors
+    torch.cuda.is_available = lambda: False
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        start = time.perf_counter()
+        runpy.run_path(str(script), run_name="__main__")
+    return time.perf_counter() - start, peak_memory(machine)
+
+
 def measure_epochs(setting: Setting) -> list[Figure]:
-    """The three jobs that were timed in 2018, against those times."""
+    """Three jobs, against the times that they take by the 2018 code: on this machine, given a clone of it."""
     folder = setting.data_dir.parent
     write_pictures(folder / "pretrain", "pretrained", 128 + 64, 1)
     write_pictures(folder / "train", "trained", 128 + 19, 64)
@@ -373,14 +394,32 @@ def measure_epochs(setting: Setting) -> list[Figure]:
         ("main", [*once, *train_data, "--valid_size", str(19 / 147)]),
         ("main", [*shared, *train_data, "--task=test", "--batch_size", "16"]),
     )
+    folder_of_2018 = folder / "2018"
+    write_pictures(folder_of_2018 / "data" / "Original", "of_2018", 128, 64)
+    once_of_2018 = ["--batch_size", "16", "--epochs", "1", "--num_workers", "2"]
+    jobs_of_2018 = (
+        ("pretrain.py", once_of_2018),
+        ("main.py", once_of_2018),
+        ("main.py", [*once_of_2018, "--task", "test"]),
+    )
     figures = []
     targets = TIMES_FASTER[precision]
-    for (script, flags), (name, (then, memory)), target in zip(jobs, IN_2018.items(), targets):
-        now, peak = in_new_process(run_job, script, flags, setting.machine)
-        figures.append(
-            Figure(name, "times faster than 2018", then / now, f">= {target}", f"{now:.1f} s, then {then} s")
-        )
-        figures.append(Figure(name, "peak memory in GB", peak, f"<= {memory}", f"{memory} GB in 2018"))
+    for (script, flags), old, (name, elsewhere), target in zip(jobs, jobs_of_2018, IN_2018.items(), targets):
+        ours, theirs = [], []
+        for _ in range(setting.rounds):
+            ours.append(in_new_process(run_job, script, flags, setting.machine))
+            if setting.clone_of_2018:
+                old_job = (setting.clone_of_2018 / old[0], old[1], folder_of_2018, setting.machine)
+                theirs.append(in_new_process(run_job_of_2018, *old_job))
+            else:
+                theirs.append(elsewhere)
+        value = median_ratio([[now, then] for (now, _), (then, _) in zip(ours, theirs)], lambda now, then: then / now)
+        (now, peak), (then, peak_then) = (map(statistics.median, zip(*some)) for some in (ours, theirs))
+        where = "" if setting.clone_of_2018 else " on another machine"
+        detail = f"{now:.1f} s, then {then:.1f} s{where}"
+        figures.append(Figure(name, "times faster than 2018", value, f">= {target}", detail))
+        detail = f"{peak_then:.1f} GB in 2018"
+        figures.append(Figure(name, "peak memory in GB", peak, f"<= {peak_then:.1f}", detail))
     return figures
 
 
@@ -421,6 +460,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(%(default)s)")
     add("--arch", default="resnet50", help="(%(default)s)")
     add("--patch_size", type=int, default=96, help="(%(default)s)")
+    add("--clone_of_2018", type=Path, metavar="FOLDER", help="time the 2018 code too, on this CPU; needs joblib")
     add("--rounds", type=int, default=5, help="of which the median is taken (%(default)s)")
     return parser.parse_args(argv)
 
@@ -452,7 +492,15 @@ def benchmark(argv: list[str] | None = None) -> None:
     print(f"{about}\n\n| part | what | value | target | |\n|---|---|---|---|---|", flush=True)
     figures = []
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(Path(folder) / "pictures", machine, args.arch, args.patch_size, args.rounds, batch_sizes)
+        setting = Setting(
+            data_dir=Path(folder) / "pictures",
+            machine=machine,
+            arch=args.arch,
+            patch_size=args.patch_size,
+            rounds=args.rounds,
+            batch_sizes=batch_sizes,
+            clone_of_2018=args.clone_of_2018 and args.clone_of_2018.resolve(),
+        )
         write_pictures(setting.data_dir, "timed", 128, 64)
         for figure in itertools.chain.from_iterable(PARTS[part](setting) for part in args.parts):
             figures.append(figure._asdict())

@@ -1,5 +1,6 @@
 """Networks, the rollout and its gradients, the loss against its scalar transcription."""
 
+import copy
 import math
 
 import numpy as np
@@ -50,6 +51,32 @@ def test_backbone_maps_96_pixels_to_6_cells(arch: str, n_features: int) -> None:
     assert model.feature_size(backbone) == n_features
     with torch.no_grad():
         assert backbone(torch.randn(1, 3, 96, 96)).shape == (1, n_features, 6, 6)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_backbone_in_the_layout_of_onednn_equals_the_plain_one(arch: str) -> None:
+    """Against float64, from which the layouts of PyTorch are as far: batch statistics enlarge what is rounded."""
+    backbone = build_backbone(arch)
+    exact = nn.Sequential(*copy.deepcopy(backbone).double())
+    layouts = []
+    backbone[4].register_forward_pre_hook(lambda module, inputs: layouts.append(inputs[0].layout))
+    patches = glimpse.normalize(torch.rand(4, 3, 64, 64))
+
+    def error(value: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+        return (value - expected).norm() / expected.norm()
+
+    features = backbone(patches), exact(patches.double())
+    for some in features:
+        some.square().mean().backward()
+    gradients = [torch.cat([p.grad.flatten().double() for p in net.parameters()]) for net in (backbone, exact)]
+    assert error(*features) < 1e-3 and error(*gradients) < 0.1
+    for value, expected in zip(backbone.buffers(), exact.buffers(), strict=True):
+        assert error(value.double(), expected.double()) < 1e-3
+    with torch.no_grad():
+        assert error(backbone.eval()(patches), exact.eval()(patches.double())) < 1e-4
+    backbone(patches).mean().backward()  # in eval mode, for whoever keeps the statistics while training the weights
+    assert layouts == [torch._mkldnn, torch._mkldnn, torch.strided]
 
 
 def test_stem_is_resampled_and_the_rest_taken_over() -> None:

@@ -1,12 +1,15 @@
 """What a long run survives, and what it never lets pass: kills, signals, full disks, bad numbers, leaks."""
 
 import os
+import platform
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
@@ -340,3 +343,19 @@ def test_checkout_that_cannot_be_written_to(flags, tmp_path: Path) -> None:
     assert done.returncode == 0 and (out / "saved_model.tar").exists(), done.stderr
     assert [path for path in sorted(checkout.iterdir()) if path.name != "__pycache__"] == before
     checkout.chmod(0o755)
+
+
+def pages_of_later_tensors() -> int:
+    """How many pages the system gave for ten tensors, each of the size of twenty earlier ones that are gone."""
+    utils.set_up_machine("cpu", None, "fp32")
+    given = []
+    for _ in range(30):
+        torch.ones(2**24)
+        given.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    return given[-1] - given[19]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by an option of glibc")
+def test_tensors_take_the_memory_that_earlier_ones_left() -> None:
+    with ProcessPoolExecutor(1, mp_context=forkserver) as pool:
+        assert pool.submit(pages_of_later_tensors).result() * resource.getpagesize() < 2**26  # the size of one

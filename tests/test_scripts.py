@@ -159,7 +159,7 @@ def test_both_scripts_learn_what_can_be_learned(make_data, save_dir: Path) -> No
     shared = ["--data_dir", str(data_dir), "--save_dir", str(save_dir), *SMALL, "--lr", "0.001"]
     pretrain.main([*shared, *BACKBONE, "--epochs", "3"])
     assert read(save_dir / "pt_glimpse_model.tar")["accuracy"] > 0.9
-    main.main([*shared, "--rnn_hidden", "16", "--k", "1", "--start_size", "2", "--epochs", "8"])
+    main.main([*shared, "--rnn_hidden", "16", "--k", "1", "--start_size", "2", "--epochs", "16"])
     assert read(save_dir / "saved_model.tar")["accuracy"] > 0.9
 
 
