@@ -206,8 +206,8 @@ class Machine(NamedTuple):
 def keep_freed_memory() -> None:
     """Let tensors take the memory that earlier ones left, as a GPU's do.
 
-    By default glibc hands every large block back to the system at once, which must clear fresh pages for the next
-    activation: a quarter of the time of a forward pass. The numbers of the two options are those of malloc.h.
+    By default glibc hands every large block back to the system, which must clear fresh pages for the next activation.
+    The numbers of the two options are those of malloc.h.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

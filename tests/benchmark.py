@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -379,7 +379,7 @@ def run_job_of_2018(script: Path, flags: list[str], folder: Path, machine: utils
     return time.perf_counter() - start, peak_memory(machine)
 
 
-def measure_epochs(setting: Setting) -> list[Figure]:
+def measure_epochs(setting: Setting) -> Iterator[Figure]:
     """Three jobs, against the times that they take by the 2018 code: on this machine, given a clone of it."""
     folder = setting.data_dir.parent
     write_pictures(folder / "pretrain", "pretrained", 128 + 64, 1)
@@ -402,7 +402,6 @@ def measure_epochs(setting: Setting) -> list[Figure]:
         ("main.py", once_of_2018),
         ("main.py", [*once_of_2018, "--task", "test"]),
     )
-    figures = []
     targets = TIMES_FASTER[precision]
     for (script, flags), old, (name, elsewhere), target in zip(jobs, jobs_of_2018, IN_2018.items(), targets):
         ours, theirs = [], []
@@ -417,10 +416,9 @@ def measure_epochs(setting: Setting) -> list[Figure]:
         (now, peak), (then, peak_then) = (map(statistics.median, zip(*some)) for some in (ours, theirs))
         where = "" if setting.clone_of_2018 else " on another machine"
         detail = f"{now:.1f} s, then {then:.1f} s{where}"
-        figures.append(Figure(name, "times faster than 2018", value, f">= {target}", detail))
+        yield Figure(name, "times faster than 2018", value, f">= {target}", detail)
         detail = f"{peak_then:.1f} GB in 2018"
-        figures.append(Figure(name, "peak memory in GB", peak, f"<= {peak_then:.1f}", detail))
-    return figures
+        yield Figure(name, "peak memory in GB", peak, f"<= {peak_then:.1f}", detail)
 
 
 def measure_one(setting: Setting, job: str, sizes: dict[str, int]) -> tuple[float, float]:
@@ -430,7 +428,7 @@ def measure_one(setting: Setting, job: str, sizes: dict[str, int]) -> tuple[floa
     return statistics.median(times[0] for times in rounds), peak_memory(setting.machine)
 
 
-def measure_growth(setting: Setting) -> list[Figure]:
+def measure_growth(setting: Setting) -> Iterator[Figure]:
     """Time and memory of a step as one size grows."""
     of_pretraining, of_training, of_test = setting.batch_sizes.values()
     plans = (
@@ -440,14 +438,12 @@ def measure_growth(setting: Setting) -> list[Figure]:
         ("train", "n_glimpses", [1, 2, 4], {"batch_size": of_training // 4}),
         ("test", "n_trajectories", [1, 7, 14], {"batch_size": of_test}),
     )
-    figures = []
     for job, name, values, others in plans:
         for value in values:
             duration, memory = in_new_process(measure_one, setting, job, {**others, name: value})
             words = ", ".join(f"{key} {size}" for key, size in others.items())
             detail = f"{duration:.3g} s a step, {memory:.2f} GB" + (f", {words}" if words else "")
-            figures.append(Figure(f"{job} growth", f"{name} {value}: s", duration, "", detail))
-    return figures
+            yield Figure(f"{job} growth", f"{name} {value}: s", duration, "", detail)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
