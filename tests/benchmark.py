@@ -351,20 +351,22 @@ def measure_reference(setting: Setting) -> list[Figure]:
     return figures
 
 
-def run_job(script: str, flags: list[str], machine: utils.Machine) -> tuple[float, float]:
-    """Seconds of a command once everything is imported, and its peak memory in GB."""
-    module = importlib.import_module(script)
+def run_silently(job: Callable[[], Any], machine: utils.Machine) -> tuple[float, float]:
+    """Seconds of a script once everything is imported, and its peak memory in GB."""
     multiprocessing.set_start_method(None, force=True)  # of its loader's workers: the system's own, as from a shell
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        start = time.perf_counter()
-        module.main(flags)
-    return time.perf_counter() - start, peak_memory(machine)
+        return seconds(job, machine), peak_memory(machine)
+
+
+def run_job(script: str, flags: list[str], machine: utils.Machine) -> tuple[float, float]:
+    """Seconds and peak memory of a script of ours."""
+    module = importlib.import_module(script)
+    return run_silently(lambda: module.main(flags), machine)
 
 
 def run_job_of_2018(script: Path, flags: list[str], folder: Path, machine: utils.Machine) -> tuple[float, float]:
     """The same of a script of the 2018 repository as it stands, on a CPU, in a folder that holds data/Original."""
     os.chdir(folder)
-    multiprocessing.set_start_method(None, force=True)
     for name in ("dataset", "main"):
         del sys.modules[name]  # ours, which would be taken for theirs
     sys.path.insert(0, str(script.parent))
@@ -373,10 +375,7 @@ def run_job_of_2018(script: Path, flags: list[str], folder: Path, machine: utils
     torchvision.models.resnet50 = lambda pretrained: resnet50()  # takes the same time, and no download
     torch.Tensor.__round__ = lambda number: round(number.item())  # Pillow now rounds the corners of a crop: tensors
     torch.cuda.is_available = lambda: False
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        start = time.perf_counter()
-        runpy.run_path(str(script), run_name="__main__")
-    return time.perf_counter() - start, peak_memory(machine)
+    return run_silently(lambda: runpy.run_path(str(script), run_name="__main__"), machine)
 
 
 def measure_epochs(setting: Setting) -> Iterator[Figure]:
@@ -458,7 +457,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--patch_size", type=int, default=96, help="(%(default)s)")
     add("--clone_of_2018", type=Path, metavar="FOLDER", help="time the 2018 code too, on this CPU; needs joblib")
     add("--rounds", type=int, default=5, help="of which the median is taken (%(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.clone_of_2018 and not (args.clone_of_2018 / "models.py").exists():
+        parser.error(f"--clone_of_2018 {args.clone_of_2018} is no clone of the 2018 repository: it has no models.py")
+    return args
 
 
 PARTS = {
