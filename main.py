@@ -1,106 +1,104 @@
-"""Train the recurrent attention model on a pre-trained backbone, test it, draw where it looks, name a picture's breed.
+"""Train the recurrent attention model on a pre-trained backbone; test it, draw where it looks, classify images.
 
-Training reads pt_glimpse_model.tar of pretrain.py, and writes saved_model.tar (best classifier), last.tar (to resume
-from) and log.csv under --save_dir. The other tasks need saved_model.tar alone.
+    python main.py                                            # train on the backbone of pretrain.py
+    python main.py --batch_size 32 --lr 3e-4 --epochs 10      # in 2 GB of memory, for a first impression
+    python main.py --resume_training=True                     # continue after the last saved epoch
+    python main.py --task=test                                # score on the test list
+    python main.py --task=view_glimpses                       # draw where the model looks
+    python main.py --task=predict --images photo.jpg folder/  # classify images
+
+Training reads pt_glimpse_model.tar of pretrain.py and writes saved_model.tar (the best classifier), last.tar (to resume
+from) and log.csv under --save_dir. The other tasks need saved_model.tar only.
 """
 
-import argparse
+if __name__ == "__main__":  # Ctrl-C ends the script quietly while PyTorch is imported, which takes seconds
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import dataclasses
+import hashlib
 import math
-import os
 import random
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
+import dataset
+import pretrain
 import utils
-from dataset import (
-    DataError,
-    PictureList,
-    crop_to_canvas,
-    describe_data,
-    is_picture,
-    make_loader,
-    make_training_loaders,
-    read_dog_boxes,
-    read_list,
-    read_picture,
-    split_list,
-)
-from glimpse import canvas_size, draw_contact_sheet, draw_panel, inside, patch_boxes, patch_scales
-from model import POLICIES, SUPERVISIONS, RecurrentAttention, Rollout, attention_loss, build_backbone, rewards
+from dataset import ImageList
+from glimpse import STARTS, draw_contact_sheet, draw_panel, inside, patch_boxes, patch_scales
+from model import POLICIES, SUPERVISIONS, RecurrentAttention, attention_loss, build_backbone, rewards
+from utils import Machine, UserError, file_setting, network_setting, setting, training_setting
 
-MODEL_DEFAULTS = {"k": 2, "start_size": 2, "n_glimpses": 1, "rnn_hidden": 2048, "std_dev": 0.2}
-N_CONFUSED = 10  # pairs of classes that test names
-N_ON_SHEET = 40  # pictures on the contact sheet
-N_WATCHED = 8  # validation pictures that TensorBoard shows after every epoch
+FILES = ("saved_model.tar", "last.tar", "log.csv")
+BACKBONE_OF_2018 = {"arch": "resnet50", "patch_size": 96}  # its file holds only the weights
 LR_SCHEDULES = ("constant", "cosine")
-RUN_DEFAULTS = {
-    **MODEL_DEFAULTS,
-    **utils.TRAIN_DEFAULTS,
-    "policy": "learned",
-    "supervision": "each",
-    "attention_lr": 1e-4,
-    "lr_schedule": "cosine",
-}
-BACKBONE_OF_2018 = {"arch": "resnet50", "patch_size": 96, "data": {}}  # its file holds nothing but the weights
-MAY_CHANGE = ("batch_size", "epochs", "lr", "attention_lr", "lr_schedule")  # on resuming
-USE_DEFAULTS = {name: RUN_DEFAULTS[name] for name in (*MODEL_DEFAULTS, "policy", "batch_size", "seed")}
+N_CONFUSED = 10  # pairs of classes that test names
+N_ON_SHEET = 40  # images on the contact sheet
+N_WATCHED = 8  # validation images that TensorBoard shows after every epoch
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; flags that a checkpoint can fix are None when not given."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument_group("task").add_argument
-    add("--task", choices=tuple(TASKS), default="train", help="what to do (%(default)s)")
-    add("--images", type=Path, nargs="+", metavar="PATH", help="pictures to predict, or folders of them")
-    add("--n_trajectories", type=int, default=7, help="over which test and predict average (%(default)s)")
-    add("--n_samples", type=int, default=20, help="pictures that view_glimpses draws (%(default)s)")
-    files, training = utils.add_shared_flags(parser)
-    add = files.add_argument
-    add("--backbone", type=Path, metavar="FILE", help="pretrain.py's (pt_glimpse_model.tar under --save_dir)")
-    add("--imgs_dir", type=Path, default=Path("imgs"), help="folder for the pictures drawn (%(default)s)")
-    add = training.add_argument
-    add("--lr_schedule", choices=LR_SCHEDULES, help="learning rates over all epochs: constant, or down a (cosine)")
-    add("--attention_lr", type=float, help="learning rate of the attention after the first glimpse (1e-4)")
-    add("--supervision", choices=SUPERVISIONS, help="glimpses to classify and reward after: each, or the last (each)")
-    add = parser.add_argument_group("network").add_argument
-    add("--k", type=int, help="patches per glimpse (2)")
-    add("--start_size", type=int, help="quarters of the side that the finest patch covers: 1, 2 or 4 (2)")
-    add("--n_glimpses", type=int, help="glimpses per picture (1)")
-    add("--rnn_hidden", type=int, help="hidden units of the LSTM (2048)")
-    add("--std_dev", type=float, help="deviation of the gaze around its mean, in half sides before tanh (0.2)")
-    add("--policy", choices=POLICIES, help="where to look (learned, or as trained); the other two are ablations")
-    args = utils.parse_flags(parser, argv, positive=(*MODEL_DEFAULTS, "attention_lr", "n_trajectories", "n_samples"))
-    if (args.task == "predict") != bool(args.images):
-        parser.error("--task=predict needs --images PATH..., and no other task takes it")
-    if args.backbone and (args.task != "train" or args.resume_training):
-        parser.error("--backbone goes with a new training run only: a classifier's file has the backbone in it")
-    return args
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(utils.SharedSettings):
+    """Settings of this script, each of them a flag."""
+
+    task: str = setting(
+        "train", "what to do", utils.TASK, stored=False, one_of=("train", "test", "view_glimpses", "predict")
+    )
+    images: tuple[Path, ...] = setting((), "images, or folders of them", utils.TASK, tasks="predict", stored=False)
+    n_trajectories: int = setting(
+        7, "sampled trajectories to average over", utils.TASK, tasks="test predict", stored=False, at_least=1
+    )
+    n_samples: int = setting(20, "images to draw", utils.TASK, tasks="view_glimpses", stored=False, at_least=1)
+    backbone: str = file_setting(
+        "", "file of pretrain.py (default: pt_glimpse_model.tar in --save_dir)", tasks="train", fixed="always"
+    )
+    imgs_dir: Path = file_setting(Path("imgs"), "folder for drawings", tasks="view_glimpses predict", stored=False)
+    seed: int = utils.seed_setting()
+    lr_schedule: str = training_setting("cosine", "of the learning rates, over all epochs", one_of=LR_SCHEDULES)
+    attention_lr: float = training_setting(1e-4, "learning rate of the attention after the first glimpse", above=0)
+    supervision: str = training_setting(
+        "each", "train and reward each prediction, or only the last", fixed="always", one_of=SUPERVISIONS
+    )
+    k: int = network_setting(2, "patches per glimpse", at_least=1)
+    start_size: int = network_setting(2, "quarters of the image side that the finest patch covers", one_of=STARTS)
+    n_glimpses: int = network_setting(1, "glimpses per image", at_least=1)
+    rnn_hidden: int = network_setting(2048, "hidden units of the LSTM", at_least=1)
+    std_dev: float = network_setting(0.2, "standard deviation of the sampled location, before tanh", above=0)
+    policy: str = network_setting(
+        "learned", "where to look; the others are ablations", fixed="resuming", one_of=POLICIES
+    )
+
+
+# --- training
 
 
 def learning_rate(lr: float, schedule: str, epoch: int, epochs: int) -> float:
-    """Of an epoch (from 0): always lr, or from lr down to nearly 0 along half a cosine."""
+    """The rate of an epoch (from 0): always lr, or falling from lr to nearly 0 along half a cosine."""
     return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2 if schedule == "cosine" else lr
 
 
-def training_noise(n_pictures: int, n_glimpses: int, seed: int, epoch: int, machine: utils.Machine) -> Tensor:
-    """This process's share of an epoch's noise, [n, 1, T, 2], drawn from (seed, epoch) alone."""
+def training_noise(n_images: int, n_glimpses: int, seed: int, epoch: int, machine: Machine) -> Tensor:
+    """This process's shard of an epoch's noise, [n, 1, T, 2], drawn from (seed, epoch) alone."""
     generator = torch.Generator().manual_seed(random.Random(f"gaze {seed} {epoch}").getrandbits(32))
-    noise = torch.randn(n_pictures, 1, n_glimpses, 2, generator=generator)
-    return noise[machine.rank :: machine.world_size][: n_pictures // machine.world_size]
+    noise = torch.randn(n_images, 1, n_glimpses, 2, generator=generator)
+    return noise[machine.rank :: machine.world_size][: n_images // machine.world_size]
 
 
-def off_center(location: Tensor) -> Tensor:
-    """How far from the middle of the picture a glimpse is, in sides of the picture. [..., 2] -> [...]."""
+def distance_from_center(location: Tensor) -> Tensor:
+    """Distance of glimpses from the centre of the image, in sides of the image. [..., 2] -> [...]."""
     return location.norm(dim=-1) / 2
 
 
@@ -108,434 +106,424 @@ def train_one_epoch(
     net: nn.Module,
     loader: DataLoader,
     noise: Tensor,
-    policy: str,
-    supervision: str,
-    optimizer: torch.optim.Optimizer,
-    machine: utils.Machine,
+    settings: Settings,
+    optimizer: Optimizer,
+    machine: Machine,
     title: str,
 ) -> dict[str, float]:
-    """One pass over the training pictures. Returns the means of the loss terms and of the accuracy."""
+    """One pass over the training images. Returns means of the loss terms, accuracy, reward and distance."""
     net.train()
     with utils.Meter(title, loader, machine, optimizer) as meter:
         for (canvas, labels, _), eps in zip(loader, noise.to(machine.device).split(loader.batch_size)):
             canvas = canvas.to(machine.device, non_blocking=True)  # [B, 3, S, S]
             labels = labels.to(machine.device, non_blocking=True)  # [B]
-            rollout = net(canvas, eps, policy)
-            terms = attention_loss(rollout, labels, supervision)
+            rollout = net(canvas, eps, settings.policy)
+            terms = attention_loss(rollout, labels, settings.supervision)
             loss = sum(terms)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            right = rewards(rollout, labels, "each")  # [B, M, T]
             watched = {
-                "accuracy": right[:, :, -1].mean(),
-                "reward": rewards(rollout, labels, supervision).mean(),
+                "accuracy": rewards(rollout, labels, "each")[:, :, -1].mean(),
+                "reward": rewards(rollout, labels, settings.supervision).mean(),
                 "expected_reward": rollout.baseline.mean(),
-                "off_center": off_center(rollout.location).mean(),
+                "distance_from_center": distance_from_center(rollout.location).mean(),
             }
             meter.update(len(labels), loss=loss, **terms._asdict(), **watched)
-        return meter.means()
+    return meter.means()
 
 
-def evaluation_noise(policy: str, n_pictures: int, n_samples: int, n_glimpses: int, seed: int) -> Tensor:
+def evaluation_noise(policy: str, n_images: int, n_samples: int, n_glimpses: int, seed: int) -> Tensor:
     """Noise [N, M, T, 2] of the trajectories to evaluate, always the same for the same seed.
 
-    "learned": the deterministic trajectory first, then n_samples sampled ones; "center": one; "random": n_samples.
+    "learned": the deterministic trajectory, then n_samples sampled ones; "center": one; "random": n_samples.
     """
-    samples = torch.randn(n_pictures, n_samples, n_glimpses, 2, generator=torch.Generator().manual_seed(seed))
+    samples = torch.randn(n_images, n_samples, n_glimpses, 2, generator=torch.Generator().manual_seed(seed))
     if policy == "random":
         return samples
-    deterministic = torch.zeros(n_pictures, 1, n_glimpses, 2)
+    deterministic = torch.zeros(n_images, 1, n_glimpses, 2)
     return torch.cat([deterministic, samples], dim=1) if policy == "learned" else deterministic
 
 
-class Answers(NamedTuple):
-    """What the classifier says of N pictures on M trajectories each, and what they are."""
-
-    probabilities: Tensor  # [N, M, C]
-    location: Tensor  # [N, M, T, 2]
-    labels: Tensor  # [N]
-    index: Tensor  # [N], in the list of pictures
-
-
-@torch.no_grad()
 def evaluate(
-    net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, machine: utils.Machine, title: str
-) -> Answers:
-    """What the classifier says of each picture of a list, in its order, each picture once.
+    net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, machine: Machine, title: str
+) -> list[Tensor]:
+    """Probabilities [N, M, T, C] after every glimpse and locations [N, M, T, 2] for a list, in its order.
 
-    Raises UserError if an answer is missing, given twice or not finite.
+    noise: [N, M, T, 2]. Raises UserError unless each image is predicted once, in finite numbers.
     """
     net = utils.for_evaluation(net)
-    batches = []
-    share = noise[machine.rank :: machine.world_size].to(machine.device)
-    with utils.Meter(title, loader, machine) as meter:
-        for (canvas, labels, index), eps in zip(loader, share.split(loader.batch_size)):
-            canvas = canvas.to(machine.device, non_blocking=True)  # [B, 3, S, S]
-            labels = labels.to(machine.device, non_blocking=True)  # [B]
-            rollout = net(canvas, eps, policy)
-            batches.append(Answers(rollout.logits[:, :, -1].softmax(-1), rollout.location, labels, index))
-            mean = batches[-1].probabilities.mean(1)  # [B, C]
-            accuracy = (mean.argmax(-1) == labels).float().mean()
-            meter.update(len(labels), loss=F.nll_loss(mean.log(), labels), accuracy=accuracy)
-    answers = Answers(*(utils.gather(torch.cat(parts).cpu(), machine) for parts in zip(*batches)))
-    utils.check_answers(answers.probabilities, answers.index, len(loader.dataset), title)
-    return answers
 
+    def predict(canvas: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        rollout = net(canvas, noise[index].to(machine.device), policy)
+        return rollout.logits.softmax(-1), rollout.location
 
-def by_kind(values: Tensor, policy: str) -> dict[str, Tensor]:
-    """Sort what the trajectories of `evaluation_noise` gave, [..., M, n], into [..., m, n], the best estimate last.
-
-    "deterministic": the one along the mean of the gaze; "one trajectory": each sampled one; "mean of n": their mean.
-    """
-    kinds = {}
-    if policy != "random":
-        kinds["deterministic"], values = values[..., :1, :], values[..., 1:, :]
-    if values.shape[-2]:
-        kinds["one trajectory"] = values
-        kinds[f"mean of {values.shape[-2]}"] = values.mean(-2, keepdim=True)
-    return kinds
+    return utils.collect(predict, loader, machine, title)
 
 
 def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy, its mean over the classes, and top-5 accuracy, each a mean over trajectories. [N, M, C] and [N]."""
-    right = (probabilities.argmax(-1) == labels.unsqueeze(1)).double()  # [N, M]
-    n_best = min(5, probabilities.shape[-1])
-    among_best = (probabilities.topk(n_best).indices == labels.view(-1, 1, 1)).any(-1).double()
-    per_class = [right[labels == label].mean() for label in labels.unique()]
-    means = {"accuracy": right.mean(), "mean per class": torch.stack(per_class).mean(), "top-5": among_best.mean()}
+    """Accuracy, its mean over classes, top-5 accuracy and NLL, each a mean over trajectories. [N, M, C] and [N]."""
+    correct = (probabilities.argmax(-1) == labels.unsqueeze(1)).double()  # [N, M]
+    best = probabilities.topk(min(5, probabilities.shape[-1])).indices  # [N, M, 5]
+    of_truth = probabilities[torch.arange(len(labels)), :, labels].double()  # [N, M]
+    means = {
+        "accuracy": correct.mean(),
+        "mean_per_class": torch.stack([correct[labels == label].mean() for label in labels.unique()]).mean(),
+        "top5": (best == labels.view(-1, 1, 1)).any(-1).double().mean(),
+        "nll": -of_truth.clamp_min(torch.finfo(torch.float32).tiny).log().mean(),
+    }
     return {name: value.item() for name, value in means.items()}
 
 
+def validate(net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, machine: Machine) -> dict[str, float]:
+    """Scores of one trajectory per image after the last glimpse, its accuracy after each, and its mean distance."""
+    probabilities, location = evaluate(net, loader, noise, policy, machine, "validation")
+    labels = torch.tensor(loader.dataset.images.labels)
+    after = [scores(probabilities[:, :, t], labels) for t in range(location.shape[2])]
+    each = {f"accuracy_{t}": values["accuracy"] for t, values in enumerate(after, start=1)}
+    return {**after[-1], **each, "distance_from_center": distance_from_center(location).mean().item()}
+
+
+def read_backbone(settings: Settings, data: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights of the pre-trained backbone, and what the classifier's checkpoint stores about it.
+
+    Raises UserError if it was trained on what is validated on here; a backbone of other classes is fine.
+    """
+    path = Path(settings.backbone) if settings.backbone else settings.save_dir / "pt_glimpse_model.tar"
+    content = utils.load_checkpoint(path, "make it with `python pretrain.py`, or see --backbone", model_dict=dict)
+    content = {"settings": BACKBONE_OF_2018, "data": {}, **content}
+    made, its_data = content["settings"], content["data"]
+    if not isinstance(made, dict) or not isinstance(its_data, dict):
+        raise utils.wrong_kind(path, "its settings or its data are not named")
+    if its_data.get("class_names") == data["class_names"]:
+        utils.refuse_other_data(its_data, data, path)
+    about = {"arch": made.get("arch"), "patch_size": made.get("patch_size"), "file": str(path)}
+    return content["model_dict"], {**about, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
 def build_model(
-    settings: dict[str, Any], n_classes: int, path: Path, pretrained: dict[str, Tensor] | None = None
+    settings: Settings, backbone: dict[str, Any], n_classes: int, path: Path, weights: dict[str, Tensor] | None = None
 ) -> RecurrentAttention:
-    """The network that a run's settings describe, with fresh weights but for those of a pre-trained backbone.
+    """The network of these settings, with fresh weights but for those given for its backbone.
 
-    path: the checkpoint that settings and backbone come from. Raises UserError if they make no network.
+    path: the file that describes the backbone. Raises UserError if that is not valid or does not fit the weights.
     """
-    keywords = {name: settings[name] for name in ("patch_size", *MODEL_DEFAULTS)}
-    try:
-        backbone = build_backbone(settings["arch"])
-        if pretrained is not None:
-            utils.load_state(backbone.load_state_dict, pretrained, path)
-        return RecurrentAttention(backbone=backbone, n_classes=n_classes, **keywords)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise utils.UserError(f"{path} describes no network that can be built: {error}") from error
+    for name in ("arch", "patch_size"):
+        value = backbone.get(name) if isinstance(backbone, dict) else None
+        if wrong := utils.problem(value, pretrain.Settings.__dataclass_fields__[name]):
+            raise utils.wrong_kind(path, f"the {name} of its backbone: {wrong}")
+    net = build_backbone(backbone["arch"])
+    if weights is not None:
+        utils.load_state(net.load_state_dict, weights, path)
+    names = ("k", "start_size", "n_glimpses", "rnn_hidden", "std_dev")
+    keywords = {name: getattr(settings, name) for name in names}
+    return RecurrentAttention(backbone=net, n_classes=n_classes, patch_size=backbone["patch_size"], **keywords)
 
 
-def load_classifier(
-    args: argparse.Namespace, machine: utils.Machine, pictures: PictureList | None = None
-) -> tuple[RecurrentAttention, dict[str, Any], list[str]]:
-    """The best classifier on the device, the settings to use it with, and the names of its classes.
-
-    Raises UserError if there is none, and if the pictures it is to be used on have other classes.
-    """
-    path = args.save_dir / "saved_model.tar"
-    required = {"model_dict": {}, **BACKBONE_OF_2018, "epoch": 0, **USE_DEFAULTS}
-    checkpoint = utils.load_checkpoint(path, required, "train one with `python main.py`, or give its --save_dir")
-    flags = utils.settle_flags(vars(args), checkpoint, USE_DEFAULTS, free=("policy", "batch_size", "seed"))
-    class_names = utils.class_names_of(checkpoint, path)
-    if pictures is not None:
-        utils.refuse_other_classes(class_names, pictures.class_names, args.data_dir, path)
-    model = build_model(checkpoint, len(class_names), path)
-    utils.load_state(model.load_state_dict, checkpoint["model_dict"], path)
-    model.to(machine.device, memory_format=torch.channels_last).eval()
-    return model, {**flags, "epoch": checkpoint["epoch"]}, class_names
+def warn_of_new_schedule(settings: Settings, last: dict[str, Any], machine: Machine) -> None:
+    """Say how the learning rate jumps if a cosine schedule is resumed over another number of epochs."""
+    before, epoch = {**vars(settings), **last["settings"]}, last["epoch"]
+    if settings.lr_schedule == "cosine" and epoch + 1 < settings.epochs != before["epochs"]:
+        was = learning_rate(before["lr"], before["lr_schedule"], epoch, before["epochs"])
+        now = learning_rate(settings.lr, "cosine", epoch + 1, settings.epochs)
+        machine.print(
+            f"note: the cosine schedule now spans {settings.epochs} epochs, not {before['epochs']}: "
+            f"the learning rate goes from {was:.2g} to {now:.2g}"
+        )
 
 
-def train(args: argparse.Namespace, machine: utils.Machine) -> None:
-    """Train on a frozen backbone, validating after every epoch, and keep the best classifier.
-
-    The best is the one with the highest mean probability of the true breed on validation.
-    """
-    train_list, valid_list = split_list(read_list(args.data_dir, "train"), args.valid_size)
-    data = describe_data(train_list, valid_list)
-    last_path, best_path = args.save_dir / "last.tar", args.save_dir / "saved_model.tar"
-    log_path = args.save_dir / "log.csv"
-    utils.read_log(log_path)  # whatever is wrong with it is better known now than after an epoch
-    last = utils.load_last(last_path, args.resume_training, {**BACKBONE_OF_2018, **RUN_DEFAULTS})
-    flags = utils.settle_flags(vars(args), last, RUN_DEFAULTS, free=MAY_CHANGE)
-    try:
-        patch_scales(flags["k"], flags["start_size"])
-    except ValueError as error:
-        raise utils.UserError(f"--k and --start_size: {error}") from None
-    source_path = last_path if last else args.backbone or args.save_dir / "pt_glimpse_model.tar"
-    source = last or utils.load_checkpoint(
-        source_path, {"model_dict": {}}, "make it with `python pretrain.py`, or see --backbone", BACKBONE_OF_2018
-    )
-    # A backbone may come from other data, but must not have been trained on what is validated on here.
-    if last or source["data"].get("class_names") == data["class_names"]:
-        utils.refuse_other_data(source["data"], data, source_path)
-    settings = {**flags, "arch": source["arch"], "patch_size": source["patch_size"]}
-
-    train_loader, valid_loader = make_training_loaders(
-        train_list,
-        valid_list,
-        seed=flags["seed"],
-        rank=machine.rank,
-        world_size=machine.world_size,
-        drop_last=False,
-        canvas_size=canvas_size(settings["patch_size"], flags["start_size"]),
-        **machine.loading(flags["batch_size"], args.num_workers),
-    )
-
-    torch.manual_seed(flags["seed"])
-    pretrained = source["model_dict"] if last is None else None
-    model = build_model(settings, len(data["class_names"]), source_path, pretrained)
+def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> None:
+    """Train on a frozen backbone and keep the classifier at its best, the epoch with the lowest NLL on validation."""
+    train_list, valid_list, data = dataset.read_training_lists(settings.data_dir, settings.valid_size)
+    weights, backbone = (None, last["backbone"]) if last else read_backbone(settings, data)
+    run = utils.Run(settings, machine, FILES, last, data=data, backbone=backbone)
+    torch.manual_seed(settings.seed)
+    path = run.last_path if last else Path(backbone["file"])
+    model = build_model(settings, backbone, len(train_list.class_names), path, weights)
     model.to(machine.device, memory_format=torch.channels_last)
     optimizer = utils.make_optimizer(*model.parameter_groups())
-    first_epoch, best_score = utils.restore(last, last_path, model, optimizer)
+    run.restore(model, optimizer)
     net = utils.wrap(model, machine)
-    utils.prepare_folder(args.save_dir)
-    board_dir = args.save_dir / "tensorboard" / "main"
-    board = utils.open_tensorboard(board_dir, first_epoch) if args.tensorboard and machine.rank == 0 else None
-    outputs = {"best classifier": best_path, "to resume from": last_path, "metrics": log_path}
-    run = {"flags": {**vars(args), **settings}, "data": data, "origin": train_list.origin, "outputs": outputs}
-    policy, n_glimpses, seed = flags["policy"], flags["n_glimpses"], flags["seed"]
-    valid_noise = evaluation_noise(policy, data["validation pictures"], int(policy == "random"), n_glimpses, seed)
-    with utils.stoppable(last_path, resumed=last is not None):
-        machine.say(utils.describe_run(**run, model=model, machine=machine, board=board))
-        if flags["epochs"] == 0 and last is None:  # what the untrained network does, to compare with
-            if machine.rank == 0:
-                if best_path.exists():
-                    raise utils.UserError(
-                        f"{best_path} would be lost to an untrained classifier: give another --save_dir"
-                    )
-                untrained = {**settings, "model_dict": utils.cpu_state(model), "epoch": -1, "data": data}
-                utils.save_checkpoint(best_path, untrained)
-            machine.say(f"untrained classifier in {best_path}")
-            machine.say(utils.next_command(args, "main.py", "--task=test"))
-            return
-        for epoch in utils.epochs_left(first_epoch, flags["epochs"], machine):
-            start = time.perf_counter()
-            title = f"epoch {epoch + 1}/{flags['epochs']}"
+    loading = machine.loading(settings.batch_size, settings.num_workers) | {"canvas_size": model.glimpse.canvas_size}
+    train_loader = dataset.make_training_loader(train_list, seed=settings.seed, **loading)
+    valid_loader = dataset.make_evaluation_loader(valid_list, **loading)
+    policy, n_glimpses, seed = settings.policy, settings.n_glimpses, settings.seed
+    valid_noise = evaluation_noise(policy, len(valid_list.files), int(policy == "random"), n_glimpses, seed)
+    with run.training(model, train_list.split_rule, {"model_dict": model}) as epochs:
+        if last:
+            warn_of_new_schedule(settings, last, machine)
+        for epoch in epochs:
+            start, title = time.perf_counter(), f"epoch {epoch + 1}/{settings.epochs}"
             train_loader.sampler.epoch = epoch
-            for group, lr in zip(optimizer.param_groups, (flags["lr"], flags["attention_lr"])):
-                group["lr"] = learning_rate(lr, flags["lr_schedule"], epoch, flags["epochs"])
-            noise = training_noise(data["training pictures"], n_glimpses, seed, epoch, machine)
-            means = train_one_epoch(net, train_loader, noise, policy, flags["supervision"], optimizer, machine, title)
-            answers = evaluate(net, valid_loader, valid_noise, policy, machine, "validation")
-            # Accuracy counts a few pictures and soon stands still; how sure the answers are still tells epochs apart.
-            of_truth = answers.probabilities[torch.arange(len(answers.labels)), 0, answers.labels]
-            valid = {
-                **scores(answers.probabilities, answers.labels),
-                "probability": of_truth.mean().item(),
-                "off_center": off_center(answers.location).mean().item(),
+            rates = {"lr": settings.lr, "attention_lr": settings.attention_lr}
+            rates = {
+                name: learning_rate(lr, settings.lr_schedule, epoch, settings.epochs) for name, lr in rates.items()
             }
-            is_best = valid["probability"] > best_score
-            best_score = max(valid["probability"], best_score)
-            if machine.rank == 0:  # what to resume from comes last: whoever is stopped in between repeats the epoch
-                shared = {**settings, "model_dict": utils.cpu_state(model), "epoch": epoch, "data": data}
-                if is_best:
-                    utils.save_checkpoint(best_path, {**shared, "accuracy": valid["accuracy"]})
-                utils.log_metrics(log_path, epoch, board, train=means, valid=valid)
-                if board is not None:
-                    watched = fixed_choice(data["validation pictures"], N_WATCHED, seed)
-                    for i, view in enumerate(look_at_list(valid_list, watched, model.eval(), policy, seed, machine)):
-                        board.add_image(f"validation/{i}", pil_to_tensor(view.panel), epoch + 1)
-                state = {"optimizer": optimizer.state_dict(), "best_score": best_score}
-                utils.save_checkpoint(last_path, {**shared, **state})
-            machine.say(
-                f"{title}: loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; "
-                f"valid {valid['accuracy']:.3f}, probability {valid['probability']:.3f}"
-                f"{' (best)' if is_best else ''}; {time.perf_counter() - start:.0f} s"
+            for group, lr in zip(optimizer.param_groups, rates.values()):
+                group["lr"] = lr
+            noise = training_noise(len(train_list.files), n_glimpses, seed, epoch, machine)
+            means = train_one_epoch(net, train_loader, noise, settings, optimizer, machine, title)
+            valid = validate(net, valid_loader, valid_noise, policy, machine)
+            seconds = time.perf_counter() - start
+            if run.board:
+                chosen = fixed_choice(len(valid_list.files), N_WATCHED, seed)
+                for i, drawing in enumerate(draw_list(valid_list, chosen, model.eval(), settings, machine)):
+                    run.board.add_image(f"validation/{i}", pil_to_tensor(drawing.panel), epoch + 1)
+            figures = {"train": means, "valid": valid, **rates, "seconds": seconds}
+            is_best = run.save(epoch, valid["nll"], model, optimizer, **figures)
+            machine.print(
+                f"{title}: loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; valid "
+                f"{valid['accuracy']:.3f}, NLL {valid['nll']:.3f}{' (best)' if is_best else ''}; {seconds:.0f} s"
             )
-    machine.say(f"best mean probability of the true class on validation {best_score:.4f}: {best_path}")
-    machine.say(utils.next_command(args, "main.py", "--task=test"))
+    machine.print(utils.next_command(settings, "main.py", "--task=test"))
+
+
+# --- test
+
+
+def load_classifier(settings: Settings, checkpoint: dict[str, Any], machine: Machine) -> RecurrentAttention:
+    """The best classifier, in eval mode on the device. Raises UserError if the checkpoint does not fit."""
+    path = settings.save_dir / FILES[0]
+    model = build_model(settings, checkpoint["backbone"], len(checkpoint["data"]["class_names"]), path)
+    utils.load_state(model.load_state_dict, checkpoint["model_dict"], path)
+    return model.to(machine.device, memory_format=torch.channels_last).eval()
+
+
+def estimates(values: Tensor, policy: str) -> dict[str, Tensor]:
+    """Sort values of the trajectories of `evaluation_noise`, [N, M, ...], by estimate, the best one last.
+
+    "deterministic": [N, 1, ...]; "sampled trajectory", each on its own: [N, n, ...]; "average of n": [N, 1, ...].
+    """
+    sorted_values = {}
+    if policy != "random":
+        sorted_values["deterministic"], values = values[:, :1], values[:, 1:]
+    if values.shape[1]:
+        sorted_values["sampled trajectory"] = values
+        sorted_values[f"average of {values.shape[1]}"] = values.mean(1, keepdim=True)
+    return sorted_values
 
 
 def write_predictions(
-    path: Path, data_dir: Path, pictures: PictureList, probabilities: Tensor, location: Tensor
+    path: Path, images: ImageList, data_dir: Path, probabilities: dict[str, Tensor], location: Tensor
 ) -> None:
-    """A table of the answer for each picture, [N, C], and of where its glimpses were, [N, T, 2]."""
-    values, labels = (part.tolist() for part in probabilities.max(-1))
-    names = pictures.class_names
-    rows = [
-        [file.relative_to(data_dir), names[truth], names[label], f"{value:.4f}", *(f"{x:.4f}" for x in place)]
-        for file, truth, label, value, place in zip(
-            pictures.files, pictures.labels, labels, values, location.flatten(1).tolist()
-        )
-    ]
+    """Write the prediction of each single-valued estimate for each image, and where a single trajectory looked.
+
+    probabilities: [N, 1, C] by estimate; location: [N, T, 2], of the deterministic trajectory.
+    """
+    names, rows = images.class_names, []
+    for estimate, values in probabilities.items():
+        best = values[:, 0].max(-1)
+        for i, (file, truth, label) in enumerate(zip(images.files, images.labels, best.indices.tolist())):
+            places = location[i].flatten().tolist() if estimate == "deterministic" else []
+            cells = [f"{best.values[i]:.4f}", *(f"{place:.4f}" for place in places)]
+            rows.append([file.relative_to(data_dir), estimate, names[truth], names[label], *cells])
     places = [f"{axis}_{t + 1}" for t in range(location.shape[1]) for axis in "xy"]
-    utils.write_table(path, ["file", "truth", "prediction", "probability", *places], rows)
+    utils.write_table(path, ["file", "estimate", "true_class", "predicted_class", "probability", *places], rows)
 
 
 def write_accuracy_per_class(path: Path, class_names: list[str], kinds: dict[str, Tensor], labels: Tensor) -> None:
-    """A table of the classes among labels [N]: how many pictures, and the accuracy of each kind of `by_kind`."""
-    right = {kind: (p.argmax(-1) == labels.unsqueeze(1)).double().mean(1) for kind, p in kinds.items()}  # [N]
+    """Write the number of images and the accuracy of each estimate for each class among labels [N]."""
+    correct = {name: (p.argmax(-1) == labels.unsqueeze(1)).double().mean(1) for name, p in kinds.items()}  # [N]
     rows = []
     for label in labels.unique().tolist():
-        mine = labels == label
-        accuracies = [f"{values[mine].mean().item():.4f}" for values in right.values()]
-        rows.append([class_names[label], int(mine.sum()), *accuracies])
-    utils.write_table(path, ["class", "pictures", *right], rows)
+        of_class = labels == label
+        accuracies = [f"{values[of_class].mean().item():.4f}" for values in correct.values()]
+        rows.append([class_names[label], int(of_class.sum()), *accuracies])
+    utils.write_table(path, ["class", "images", *(name.replace(" ", "_") for name in correct)], rows)
 
 
 def most_confused(predictions: Tensor, labels: Tensor, class_names: list[str]) -> list[str]:
-    """The classes most often taken for another, in words: at most N_CONFUSED of them. [N] and [N]."""
+    """The N_CONFUSED most frequent confusions of two classes, in words. [N] and [N]."""
     n_classes = len(class_names)
     pairs = torch.bincount(labels * n_classes + predictions, minlength=n_classes**2).view(n_classes, n_classes)
     sizes = pairs.sum(1)
     counts, places = pairs.fill_diagonal_(0).flatten().sort(descending=True, stable=True)
     lines = []
     for n, place in zip(counts[:N_CONFUSED].tolist(), places.tolist()):
-        truth, taken_for = divmod(place, n_classes)
+        truth, predicted = divmod(place, n_classes)
         if n:
-            lines.append(f"{class_names[truth]} taken for {class_names[taken_for]}: {n} of {sizes[truth]}")
+            lines.append(f"{class_names[truth]} taken for {class_names[predicted]}: {n} of {sizes[truth]}")
     return lines
 
 
-def test(args: argparse.Namespace, machine: utils.Machine) -> None:
-    """Score the best classifier on the test list; say how far its gaze goes, and how often to the dog, if known."""
-    pictures = read_list(args.data_dir, "test")
-    boxes = read_dog_boxes(args.data_dir, pictures)
-    model, flags, _ = load_classifier(args, machine, pictures)
-    n_pictures, policy = len(pictures.files), flags["policy"]
-    loading = machine.loading(flags["batch_size"], args.num_workers)
-    order = range(machine.rank, n_pictures, machine.world_size)
-    loader = make_loader(pictures, order, canvas_size=model.glimpse.canvas_size, **loading)
-    noise = evaluation_noise(policy, n_pictures, args.n_trajectories, model.n_glimpses, flags["seed"])
-    answers = evaluate(utils.wrap(model, machine), loader, noise, policy, machine, "test")
-    machine.say(
-        f"{n_pictures:,} test pictures of {args.data_dir}, classifier of epoch {flags['epoch'] + 1}\n"
-        f"{utils.describe_classes(pictures.class_names)}; split {pictures.origin}"
+def report(policy: str, probabilities: Tensor, location: Tensor, labels: Tensor, boxes: Tensor | None) -> list[str]:
+    """Lines with the scores of each estimate, and per glimpse the distance from the centre and the hit rate.
+
+    probabilities: [N, M, C]; location: [N, M, T, 2]; labels: [N]; boxes of the dogs: [N, 4] if known.
+    """
+
+    def line(subject: str, estimate: str, figures: dict[str, float]) -> str:
+        return f"{subject:15}{estimate:20}" + "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+
+    lines = [line(f"policy {policy}", name, scores(p, labels)) for name, p in estimates(probabilities, policy).items()]
+    for t in range(location.shape[2]):
+        for name, places in estimates(location[:, :, t], policy).items():
+            if not name.startswith("average"):  # which is of n glimpses at n places
+                figures = {"distance_from_center": distance_from_center(places).mean().item()}
+                if boxes is not None:
+                    figures["hit_rate"] = inside(places, boxes[:, None]).double().mean().item()
+                lines.append(line(f"glimpse {t + 1}", name, figures))
+    return lines
+
+
+def test(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> None:
+    """Score the best classifier on the test list, and write its predictions."""
+    images, policy = dataset.read_list(settings.data_dir, "test"), settings.policy
+    utils.refuse_other_classes(checkpoint, images.class_names, settings.data_dir, settings.save_dir / FILES[0])
+    boxes, labels = dataset.read_dog_boxes(settings.data_dir, images), torch.tensor(images.labels)
+    model = load_classifier(settings, checkpoint, machine)
+    loading = machine.loading(settings.batch_size, settings.num_workers)
+    loader = dataset.make_evaluation_loader(images, canvas_size=model.glimpse.canvas_size, **loading)
+    noise = evaluation_noise(policy, len(images.files), settings.n_trajectories, model.n_glimpses, settings.seed)
+    probabilities, location = evaluate(utils.wrap(model, machine), loader, noise, policy, machine, "test")
+    machine.print(
+        f"{len(images.files):,} test images of {settings.data_dir}, classifier of epoch {checkpoint['epoch'] + 1}\n"
+        f"{utils.describe_classes(images.class_names)}; split {images.split_rule}"
     )
-    kinds = by_kind(answers.probabilities, policy)
-    for kind, values in kinds.items():
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in scores(values, answers.labels).items())
-        machine.say(f"policy {policy:8}{kind:15} {figures}")
-    gaze = {"off center": by_kind(off_center(answers.location), policy)}
-    if boxes is not None:
-        gaze["on dog"] = by_kind(inside(answers.location, boxes[:, None, None]).double(), policy)
-    for t in range(model.n_glimpses):
-        for kind in gaze["off center"]:
-            if not kind.startswith("mean"):  # of n trajectories, which look at n places
-                figures = "  ".join(f"{name} {values[kind][..., t].mean():.4f}" for name, values in gaze.items())
-                machine.say(f"glimpse {t + 1:<7}{kind:15} {figures}")
-    best = list(kinds.values())[-1][:, 0]  # [N, C]
-    confused = most_confused(best.argmax(-1), answers.labels, pictures.class_names)
-    machine.say("\n  ".join(["most often confused:", *confused]) if confused else "nothing is confused")
-    predictions_path, per_class_path = args.save_dir / "predictions.csv", args.save_dir / "per_class.csv"
+    machine.print("\n".join(report(policy, probabilities[:, :, -1], location, labels, boxes)))
+    kinds = estimates(probabilities[:, :, -1], policy)
+    confused = most_confused(list(kinds.values())[-1][:, 0].argmax(-1), labels, images.class_names)
+    machine.print("\n  ".join(["most frequent confusions:", *confused]) if confused else "no confusions")
+    paths = [settings.save_dir / f"{name}_{policy}.csv" for name in ("predictions", "per_class")]
     if machine.rank == 0:
-        write_predictions(predictions_path, args.data_dir, pictures, best, answers.location[:, 0])
-        write_accuracy_per_class(per_class_path, pictures.class_names, kinds, answers.labels)
-    machine.say(f"the answer for each picture is in {predictions_path}, the accuracy of each class in {per_class_path}")
-    machine.say(utils.next_command(args, "main.py", "--task=view_glimpses"))
+        single = {name: values for name, values in kinds.items() if name != "sampled trajectory"}
+        write_predictions(paths[0], images, settings.data_dir, single, location[:, 0])
+        write_accuracy_per_class(paths[1], images.class_names, kinds, labels)
+    machine.print(f"predictions in {paths[0]}, accuracy of each class in {paths[1]}")
+    machine.print(utils.next_command(settings, "main.py", "--task=view_glimpses"))
 
 
-class View(NamedTuple):
-    """A picture that was looked at along one trajectory, and the drawing of it."""
+# --- drawings and predictions
+
+
+class Drawing(NamedTuple):
+    """An image, where the first trajectory looked in it, and what all of them predicted."""
 
     canvas: Tensor  # uint8 [3, S, S]
     boxes: Tensor  # [T, k, 4]
+    probabilities: Tensor  # [1, M, C], after the last glimpse
     caption: str
     panel: Image.Image
 
 
 @torch.no_grad()
-def look_at(
-    file: Path, model: RecurrentAttention, noise: Tensor, policy: str, machine: utils.Machine
-) -> tuple[Tensor, Rollout]:
-    """Canvas [3, S, S] and rollout, on the CPU, of one picture. noise: [1, M, T, 2]."""
-    canvas = crop_to_canvas(read_picture(file, model.glimpse.canvas_size), model.glimpse.canvas_size)
+def draw_image(
+    file: Path,
+    truth: int | None,
+    class_names: list[str],
+    model: RecurrentAttention,
+    noise: Tensor,
+    policy: str,
+    machine: Machine,
+) -> Drawing:
+    """Classify one image along the trajectories of noise [1, M, T, 2], and draw the first.
+
+    truth: the label, if known. The first trajectory is the deterministic one unless the policy is random.
+    """
+    glimpse = model.glimpse
+    canvas = dataset.load_canvas(file, glimpse.canvas_size)
     net = utils.MixedPrecision(model, machine)
     rollout = net(canvas.unsqueeze(0).to(machine.device), noise.to(machine.device), policy)
-    return canvas, Rollout(*(value.cpu() for value in rollout))
+    logits, location, attention = (value.cpu() for value in rollout[:3])
+    probabilities = logits.softmax(-1)  # [1, M, T, C]
+    drawn = probabilities[0, 0]  # [T, C]
+
+    def name(label: int, t: int = -1) -> str:
+        return f"{class_names[label]} ({drawn[t, label]:.2f})"
+
+    predictions = [name(int(label), t) for t, label in enumerate(drawn.argmax(-1))]
+    caption = f"predicted {predictions[-1]}" + ("" if truth is None else f", true {name(truth)}")
+    trajectory = f"{policy} policy, {'sampled' if policy == 'random' else 'deterministic'} trajectory"
+    used = attention[0, 0] if policy == "learned" else None
+    title = f"{file.name}: {trajectory}\n{caption}"
+    panel = draw_panel(canvas, location[0, 0], used, glimpse.scales, glimpse.patch_size, title, predictions)
+    boxes = patch_boxes(location[0, 0], glimpse.scales, glimpse.patch_size)
+    return Drawing(canvas, boxes, probabilities[:, :, -1], caption, panel)
 
 
-def draw_first_trajectory(
-    canvas: Tensor, rollout: Rollout, model: RecurrentAttention, class_names: list[str], caption: str
-) -> Image.Image:
-    """Panel of the first trajectory, the deterministic one unless the policy is random."""
-    location, attention = rollout.location[0, 0], rollout.attention[0, 0]
-    values, labels = rollout.logits[0, 0].softmax(-1).max(-1)  # [T]
-    answers = [f"{class_names[label]} ({value:.2f})" for value, label in zip(values, labels)]
-    return draw_panel(canvas, location, attention, model.glimpse.scales, model.glimpse.patch_size, caption, answers)
-
-
-def fixed_choice(n_pictures: int, n_chosen: int, seed: int) -> list[int]:
-    """Places of some pictures of a list, always the same for the same seed; of a longer choice the first are these."""
-    order = list(range(n_pictures))
+def fixed_choice(n_images: int, n_chosen: int, seed: int) -> list[int]:
+    """Indices of some images of a list, always the same for the same seed; a longer choice begins with a shorter."""
+    order = list(range(n_images))
     random.Random(f"view {seed}").shuffle(order)
     return order[:n_chosen]
 
 
-def look_at_list(
-    pictures: PictureList, order: list[int], model: RecurrentAttention, policy: str, seed: int, machine: utils.Machine
-) -> Iterator[View]:
-    """Look at the pictures at these places of a list, one after the other, and draw each."""
-    noise = evaluation_noise(policy, len(order), int(policy == "random"), model.n_glimpses, seed)
-    for i, index in enumerate(order):
-        canvas, rollout = look_at(pictures.files[index], model, noise[i : i + 1], policy, machine)
-        probabilities, truth = rollout.logits[0, 0, -1].softmax(-1), pictures.labels[index]
-        label = int(probabilities.argmax())
-        said, true = (f"{pictures.class_names[c]} ({probabilities[c]:.2f})" for c in (label, truth))
-        caption = f"predicted {said}, true {true}"
-        panel = draw_first_trajectory(canvas, rollout, model, pictures.class_names, caption)
-        boxes = patch_boxes(rollout.location[0, 0], model.glimpse.scales, model.glimpse.patch_size)
-        yield View(canvas, boxes, caption, panel)
+def draw_list(
+    images: ImageList, chosen: list[int], model: RecurrentAttention, settings: Settings, machine: Machine
+) -> Iterator[Drawing]:
+    """Draw the chosen images of a list, one after the other."""
+    policy = settings.policy
+    noise = evaluation_noise(policy, len(chosen), int(policy == "random"), model.n_glimpses, settings.seed)
+    for i, index in enumerate(chosen):
+        one = noise[i : i + 1, :1]
+        yield draw_image(images.files[index], images.labels[index], images.class_names, model, one, policy, machine)
 
 
-def view_glimpses(args: argparse.Namespace, machine: utils.Machine) -> None:
-    """Draw where the best classifier looks, on test pictures that the seed alone chooses."""
-    pictures = read_list(args.data_dir, "test")
-    model, flags, _ = load_classifier(args, machine, pictures)
-    order = fixed_choice(len(pictures.files), args.n_samples, flags["seed"])
-    views = look_at_list(pictures, order, model, flags["policy"], flags["seed"], machine)
-    on_sheet = []
-    for i, view in enumerate(tqdm(views, "view_glimpses", len(order), unit=" pictures", leave=False, disable=None)):
-        utils.save_picture(args.imgs_dir / f"glimpse_{i}.jpg", view.panel)
-        if i < N_ON_SHEET:
-            on_sheet.append((view.canvas, view.boxes, view.caption.replace(", true", "\ntrue")))
-    sheet_path = args.imgs_dir / "contact_sheet.jpg"
-    utils.save_picture(sheet_path, draw_contact_sheet(*zip(*on_sheet)))
-    machine.say(f"where the model looks on {utils.count(len(order), 'picture')}: {args.imgs_dir}/glimpse_0.jpg, ...")
-    machine.say(f"{utils.count(len(on_sheet), 'picture')} at a glance: {sheet_path}")
-    machine.say(utils.next_command(args, "main.py", "--task=predict", "--images", "photo.jpg"))
+def save_image(path: Path, image: Image.Image) -> None:
+    """Write a drawing as a JPEG, completely or not at all. Raises UserError."""
+    utils.prepare_folder(path.parent)
+    with utils.replacing(path, mode="wb") as file:
+        image.save(file, "JPEG", quality=95, subsampling=0)
 
 
-def find_pictures(paths: list[Path]) -> list[Path]:
-    """The files given, and in place of a folder the pictures in it. Raises UserError for a folder without any."""
-    files = []
-    for path in paths:
-        inside_it = [path]
-        if os.path.isdir(path):
-            inside_it = sorted(file for file in path.iterdir() if is_picture(file))
-        if not inside_it:
-            raise utils.UserError(f"--images {path}: no picture in that folder")
-        files.extend(inside_it)
-    return files
+def view_glimpses(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> None:
+    """Draw where the best classifier looks in test images that depend on the seed alone."""
+    images = dataset.read_list(settings.data_dir, "test")
+    utils.refuse_other_classes(checkpoint, images.class_names, settings.data_dir, settings.save_dir / FILES[0])
+    chosen = fixed_choice(len(images.files), settings.n_samples, settings.seed)
+    drawings = draw_list(images, chosen, load_classifier(settings, checkpoint, machine), settings, machine)
+    paths, on_sheet = [settings.imgs_dir / f"glimpse_{i}.jpg" for i in range(len(chosen))], []
+    for path, drawing in zip(
+        paths, tqdm(drawings, "view_glimpses", len(chosen), unit=" images", leave=False, disable=None)
+    ):
+        save_image(path, drawing.panel)
+        if len(on_sheet) < N_ON_SHEET:
+            on_sheet.append((drawing.canvas, drawing.boxes, drawing.caption.replace(", true", "\ntrue")))
+    for path in set(settings.imgs_dir.glob("glimpse_*.jpg")) - set(paths):  # of an earlier, longer choice
+        if re.fullmatch(r"glimpse_\d+\.jpg", path.name):
+            path.unlink()
+    sheet_path = settings.imgs_dir / "contact_sheet.jpg"
+    save_image(sheet_path, draw_contact_sheet(*zip(*on_sheet)))
+    machine.print(f"where the model looks in {utils.count(len(chosen), 'image')}: {paths[0]}, ...")
+    machine.print(f"{utils.count(len(on_sheet), 'image')} at a glance: {sheet_path}")
+    machine.print(utils.next_command(settings, "main.py", "--task=predict", "--images", "photo.jpg", keep=["save_dir"]))
 
 
-def predict(args: argparse.Namespace, machine: utils.Machine) -> None:
-    """Name the five likeliest breeds of each picture given, and draw where the model looked."""
-    model, flags, class_names = load_classifier(args, machine)
-    files = find_pictures(args.images)
-    noise = evaluation_noise(flags["policy"], 1, args.n_trajectories, model.n_glimpses, flags["seed"])
-    for i, file in enumerate(files):
-        canvas, rollout = look_at(file, model, noise, flags["policy"], machine)
-        *_, probabilities = by_kind(rollout.logits[:, :, -1].softmax(-1), flags["policy"]).values()  # [1, 1, C]
-        values, labels = probabilities.flatten().topk(min(5, len(class_names)))
-        path = args.imgs_dir / f"predict_{i}_{file.stem}.jpg"
-        caption = f"predicted {class_names[labels[0]]} ({values[0]:.2f})"
-        utils.save_picture(path, draw_first_trajectory(canvas, rollout, model, class_names, caption))
-        machine.say(f"{file} (drawn in {path})")
-        for probability, label in zip(values.tolist(), labels.tolist()):
-            machine.say(f"  {probability:6.1%}  {class_names[label]}")
-
-
-TASKS = {"train": train, "test": test, "view_glimpses": view_glimpses, "predict": predict}
+def predict(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> None:
+    """Print the five most probable breeds of each image, and draw where the model looked."""
+    class_names, policy = checkpoint["data"]["class_names"], settings.policy
+    model = load_classifier(settings, checkpoint, machine)
+    noise = evaluation_noise(policy, 1, settings.n_trajectories, model.n_glimpses, settings.seed)
+    for i, file in enumerate(dataset.find_images(settings.images)):
+        drawing = draw_image(file, None, class_names, model, noise, policy, machine)
+        path = settings.imgs_dir / f"predict_{i}_{file.stem}.jpg"
+        save_image(path, drawing.panel)
+        *_, (estimate, probabilities) = estimates(drawing.probabilities, policy).items()
+        machine.print(f"{file}: {estimate} (drawn in {path})")
+        for probability, label in zip(
+            *(part.tolist() for part in probabilities.flatten().topk(min(5, len(class_names))))
+        ):
+            machine.print(f"  {probability:6.1%}  {class_names[label]}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, find the device, do the task."""
-    args = parse_args(argv)
-    machine = utils.set_up_machine(args.device, args.gpus, args.precision)
-    if machine.world_size > 1 and args.task in ("view_glimpses", "predict"):
-        raise utils.UserError(f"--task={args.task} runs in one process: start it without torchrun")
-    TASKS[args.task](args, machine)
+    """Read flags and checkpoint, find the device, do the task."""
+    of_backbone = "it is the backbone's: choose it in pretrain.py"
+    given = utils.parse_flags(Settings, __doc__, argv, arch=of_backbone, patch_size=of_backbone)
+    hint = "train one with `python main.py`, or give its --save_dir"
+    settings, checkpoint = utils.read_settings(Settings, given, FILES, hint, {"backbone": dict})
+    if settings.task == "predict" and not settings.images:
+        raise UserError("--task=predict needs --images PATH ...")
+    try:
+        patch_scales(settings.k, settings.start_size)
+    except ValueError as error:
+        raise UserError(f"--k and --start_size: {error}") from None
+    machine = utils.set_up_machine(settings.device, settings.gpus, settings.precision)
+    if machine.world_size > 1 and settings.task in ("view_glimpses", "predict"):
+        raise UserError(f"--task={settings.task} runs in one process: start it without torchrun")
+    tasks = {"train": train, "test": test, "view_glimpses": view_glimpses, "predict": predict}
+    tasks[settings.task](settings, machine, checkpoint)
 
 
 if __name__ == "__main__":
-    utils.run(main, DataError)
+    utils.run(main)

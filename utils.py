@@ -1,92 +1,122 @@
-"""What both scripts share: flags, errors, devices and processes, checkpoints, meters and logs."""
+"""What both scripts share: errors, settings and flags, the machine, meters and predictions, a run's files."""
 
 import argparse
 import contextlib
 import csv
 import ctypes
+import dataclasses
+import functools
+import io
+import math
 import os
 import platform
+import re
 import shlex
 import signal
+import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
-from PIL import Image
+import torchvision
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-SHOWN_BY_BAR = ("loss", "accuracy", "acc_123")  # of all means, those that fit into a line
-STEPS_PER_CHECK = 100  # of the loss being finite, for which the device is waited for
-DATA_DIR, SAVE_DIR = Path("data/Original"), Path("data/saved_models")
-TRAIN_DEFAULTS = {"batch_size": 128, "epochs": 101, "lr": 1e-4, "seed": 0}  # of flags that a checkpoint remembers
+SECONDS_PER_LINE = 60  # between lines of progress where no terminal shows a bar
 
 
 class UserError(Exception):
-    """The user can mend this; the message is one line that names the flag, file or value and says what to do."""
+    """A mistake that the user can fix; the message is one line that names the flag, file or value and what to do."""
 
 
 class Stopped(KeyboardInterrupt):
-    """The user, or the system, ends the run; the message says what is saved."""
+    """Ctrl-C or SIGTERM ended the run; the message says what is saved."""
 
 
-def run(main: Callable[[], None], *user_errors: type[Exception]) -> None:
-    """Run a script, and end it with one line where it fails for a reason that the user can mend or has given.
+class OutputClosed(Exception):
+    """Standard output is a pipe that nobody reads any more, as after `head`."""
 
-    A user's mistake (UserError, or one of user_errors) has exit code 1, Ctrl-C 130 and SIGTERM 143.
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script, and end it with one line where it fails for a reason that the user can understand.
+
+    Exit codes: 1 for a UserError or lack of memory, 130 after Ctrl-C, 143 after SIGTERM.
     """
 
     def terminate(number: int, frame: object) -> None:
         nonlocal exit_code
         exit_code = 128 + number
-        # Whoever signals the whole group ends the loader's workers too, which PyTorch would report as a crash.
+        # A signal to the process group also ends the loader's workers, which PyTorch would report as a crash.
         signal.signal(signal.SIGCHLD, lambda *_: None)
         raise KeyboardInterrupt
 
     exit_code = 128 + signal.SIGINT
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, terminate)
     try:
         main()
-        if dist.is_initialized():  # after an error the other processes may never come to this
+        if dist.is_initialized():  # not after an error, when other processes may never get here
             dist.destroy_process_group()
-    except (UserError, *user_errors) as error:
-        # A loader's worker sends the message wrapped into its traceback; the message is the end of the last line.
-        last_line = str(error).strip().splitlines()[-1]
-        sys.exit("error: " + last_line.rpartition(f"{type(error).__name__}: ")[2])
-    except BrokenPipeError:  # whoever reads the output, such as `head`, has had enough
+    except UserError as error:
+        # An error in a loader's worker arrives inside its traceback; the message ends the last line.
+        sys.exit("error: " + str(error).strip().splitlines()[-1].rpartition("UserError: ")[2])
+    except OutputClosed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it flushes
         sys.exit(128 + signal.SIGPIPE)
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory: lower --batch_size")
+    except (RuntimeError, MemoryError) as error:  # PyTorch has a type of its own for GPU memory only
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        where = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
+        sys.exit(f"error: out of {where}memory: lower --batch_size, --n_trajectories or --rnn_hidden")
     except KeyboardInterrupt as stop:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # whoever asks twice waits for the same end
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not disturb the ending
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"stopped{f': {stop}' if isinstance(stop, Stopped) else ''}", file=sys.stderr)
         sys.exit(exit_code)
 
 
-# --- flags
+# --- settings and flags
+
+GROUPS = TASK, FILES, TRAINING, MACHINE, NETWORK = ("task", "data and files", "training", "machine", "network")
+RULES = {
+    "above": lambda value, limit: value > limit,
+    "at_least": lambda value, limit: value >= limit,
+    "below": lambda value, limit: value < limit,
+    "multiple_of": lambda value, factor: value % factor == 0,
+    "one_of": lambda value, choices: value in choices,
+    "a_list_like": lambda value, _: (
+        re.fullmatch(r"\d+(,\d+)*", value) and len(set(map(int, value.split(",")))) == len(value.split(","))
+    ),
+}
 
 
-def boolean(text: str) -> bool:
-    """Flag type: true or false, in any case."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
+def setting(
+    default: Any, help: str, group: str, *, tasks: str = "", fixed: str = "", stored: bool = True, **rules: Any
+) -> Any:
+    """A field of a settings dataclass, with all that its flag, its checks and the checkpoints need to know.
+
+    group: of --help. tasks: those for which the flag means something, all if empty. stored: checkpoints store the
+    value, for use where the flag is not given. fixed: when a flag must agree with what is stored, "always" or when
+    "resuming", else never. rules: limits by the names of `RULES`.
+    """
+    metadata = {"help": help, "group": group, "tasks": tasks.split(), "fixed": fixed, "stored": stored, "rules": rules}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def gpu_list(text: str) -> list[int]:
-    """Flag type: GPU numbers such as 0,1."""
-    numbers = [int(number) for number in text.split(",") if number.isdecimal()]
-    if len(set(numbers)) < len(text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of different GPU numbers such as 0,1")
-    return numbers
+file_setting = functools.partial(setting, group=FILES)
+training_setting = functools.partial(setting, group=TRAINING, tasks="train")
+network_setting = functools.partial(setting, group=NETWORK, fixed="always")
+machine_setting = functools.partial(setting, group=MACHINE, stored=False)
+# The scripts need the seed for different tasks.
+seed_setting = functools.partial(setting, 0, "seed of all that is random", TRAINING, fixed="resuming", at_least=0)
 
 
 def available_cores() -> int:
@@ -94,91 +124,147 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def switch(help: str) -> dict[str, Any]:
-    """Keywords of a flag that is false unless given: `--flag`, `--flag=True` and `--flag true` all turn it on."""
-    return {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "True", "help": help}
+N_WORKERS = max(1, min(available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8))
 
 
-def add_shared_flags(parser: argparse.ArgumentParser) -> tuple[Any, Any]:
-    """The flags of both scripts, with one set of defaults. Those that a checkpoint may fix are None if not given.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedSettings:
+    """Settings of both scripts. Flags, their help and checks, and what checkpoints store derive from the fields."""
 
-    Returns the groups of --help for files and for training, to which a script adds its own.
+    data_dir: Path = file_setting(Path("data/Original"), "folder of images", tasks="train test probe view_glimpses")
+    save_dir: Path = file_setting(
+        Path("data/saved_models"), "folder of the run", tasks="train test view_glimpses predict", stored=False
+    )
+    valid_size: float = file_setting(
+        0.1, "fraction of the training images to validate on", tasks="train probe", fixed="always", above=0, below=1
+    )
+    epochs: int = training_setting(101, "number of epochs, resumed ones included; 0: save untrained", at_least=0)
+    batch_size: int = training_setting(
+        128, "images per step, on all GPUs together", tasks="train test probe", at_least=1
+    )
+    lr: float = training_setting(1e-4, "learning rate of Adam", above=0)
+    resume_training: bool = training_setting(False, "continue after the last saved epoch", stored=False)
+    overwrite: bool = training_setting(False, "replace an earlier run in --save_dir", stored=False)
+    tensorboard: bool = training_setting(False, "also log for TensorBoard (pip install tensorboard)", stored=False)
+    device: str = machine_setting("auto", "auto takes the GPUs if there are any", one_of=("auto", "cpu", "cuda"))
+    gpus: str = machine_setting("", "GPUs to use, such as 0,1 (default: all visible ones)", a_list_like="0,1")
+    precision: str = setting("auto", "auto takes bf16 if the hardware has it", MACHINE, one_of=("auto", "fp32", "bf16"))
+    num_workers: int = machine_setting(N_WORKERS, "loader processes", tasks="train test probe", at_least=0)
+
+
+def problem(value: Any, field: dataclasses.Field) -> str:
+    """Why a setting cannot have this value, in words; empty if it can."""
+    kind, shown = type(field.default), str(value)[:40]
+    if not isinstance(value, int | float if kind is float else kind):
+        return f"{shown!r} is not of type {kind.__name__}"
+    if kind in (int, float) and not value < 2**32:
+        return f"{shown} is far too large"
+    for rule, limit in field.metadata["rules"].items():
+        if value != field.default and not RULES[rule](value, limit):
+            return (
+                f"{shown} is not {rule.replace('_', ' ')} {', '.join(map(str, limit)) if rule == 'one_of' else limit}"
+            )
+    return ""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, without the list of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"error: {message}\n")
+
+
+def add_flag(group: Any, field: dataclasses.Field, all_tasks: tuple[str, ...]) -> None:
+    """Add the flag of a setting to a group of --help."""
+    kind, help = type(field.default), field.metadata["help"]
+
+    def number(text: str) -> Any:  # the name is for argparse's own errors
+        value = {"true": True, "false": False}.get(text.lower(), text) if kind is bool else kind(text)
+        if wrong := problem(value, field):
+            raise argparse.ArgumentTypeError(wrong)
+        return value
+
+    if kind not in (bool, tuple) and field.default != "":
+        help += f" (default: {field.default})"
+    tasks = [task for task in all_tasks if task in field.metadata["tasks"]]
+    if tasks and len(tasks) < len(all_tasks):
+        help += f" [{', '.join(tasks)}]"
+    keywords: dict[str, Any] = {"type": number, "choices": field.metadata["rules"].get("one_of")}
+    if kind is bool:  # --flag, --flag=True and --flag true are the same
+        keywords |= {"nargs": "?", "const": True, "metavar": "True"}
+    if kind is tuple:
+        keywords |= {"type": Path, "nargs": "+", "metavar": "PATH"}
+    group.add_argument(f"--{field.name}", help=help, **keywords)
+
+
+def parse_flags(cls: type, doc: str, argv: list[str] | None, **elsewhere: str) -> dict[str, Any]:
+    """The flags given, by name. Exits with one line for a mistake or a flag that has no effect on the task.
+
+    doc: of the script, whose first line heads --help. elsewhere: hints for flags that this script does not have.
     """
-    n_workers = max(1, min(available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8))
-    files = parser.add_argument_group("data and files")
-    add = files.add_argument
-    add("--data_dir", type=Path, default=DATA_DIR, help="folder of pictures, see the README (%(default)s)")
-    add("--save_dir", type=Path, default=SAVE_DIR, help="folder for checkpoints and logs (%(default)s)")
-    add("--valid_size", type=float, default=0.1, help="part of the training pictures to validate on (%(default)s)")
-    training = parser.add_argument_group("training")
-    add = training.add_argument
-    add("--epochs", type=int, help="epochs in all, those resumed included (101)")
-    add("--batch_size", type=int, help="pictures per step, over all GPUs and processes (128)")
-    add("--lr", type=float, help="Adam's learning rate (1e-4)")
-    add("--seed", type=int, help="of weights, augmentation and gaze (0)")
-    add("--resume_training", **switch("go on after the last epoch saved"))
-    add("--tensorboard", **switch("also log for TensorBoard (pip install tensorboard)"))
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPUs, if there are any")
-    add("--gpus", type=gpu_list, metavar="0,1,...", help="GPUs to use (all visible ones)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it")
-    add("--num_workers", type=int, default=n_workers, help="loader processes (here %(default)s)")
-    return files, training
+    note = "[task, ...] names the tasks that a flag is for; without it, it is for all."
+    parser = Parser(
+        description=doc.splitlines()[0], epilog=note, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    all_tasks = cls.__dataclass_fields__["task"].metadata["rules"]["one_of"]
+    for field in dataclasses.fields(cls):
+        add_flag(groups[field.metadata["group"]], field, all_tasks)
+    flags, unknown = parser.parse_known_args(argv)
+    if unknown:
+        hint = elsewhere.get(unknown[0].partition("=")[0].lstrip("-"), "--help lists all flags")
+        parser.error(f"unknown argument {unknown[0]}: {hint}")
+    given = vars(flags)
+    task = cls(**given).task
+    for field in dataclasses.fields(cls):
+        if field.name in given and task not in (field.metadata["tasks"] or all_tasks):
+            parser.error(f"--{field.name} has no effect on --task={task}: leave it out")
+    return given
 
 
-def parse_flags(
-    parser: argparse.ArgumentParser, argv: list[str] | None, positive: Iterable[str] = ()
-) -> argparse.Namespace:
-    """Parse the command line; a number out of its range, such as one of `positive` at 0, is refused by name.
+def read_settings(
+    cls: type, given: dict[str, Any], files: tuple[str, ...], hint: str, entries: dict[str, type]
+) -> tuple[Any, dict[str, Any] | None]:
+    """Settings of class cls, and the checkpoint that the task needs: last to resume from, best to use, or None.
 
-    So is a flag that does nothing for the --task given.
+    A setting is the flag given, else what the checkpoint stores, else the default. files: as for `Run`. hint: what to
+    do if there is no best checkpoint. entries: of that, as for `load_checkpoint`. Raises UserError for a flag that
+    contradicts the checkpoint, and for a stored value that is not valid.
     """
-    args = parser.parse_args(argv)
-    for name in ("batch_size", "lr", *positive):
-        value = vars(args)[name]
-        if value is not None and not 0 < value < 2**32:
-            parser.error(f"argument --{name}: {value} is not above 0, or far too large")
-    for name in ("epochs", "num_workers", "seed"):
-        value = vars(args)[name]
-        if value is not None and not 0 <= value < 2**32:
-            parser.error(f"argument --{name}: {value} is below 0, or far too large")
-    if not 0 < args.valid_size < 1:
-        parser.error(f"argument --valid_size: {args.valid_size} is not between 0 and 1")
-    for name in ("resume_training", "tensorboard"):
-        if args.task != "train" and vars(args)[name]:
-            parser.error(f"--{name} does not go with --task={args.task}")
-    return args
+    settings = cls(**given)
+    path = settings.save_dir / files[settings.resume_training]
+    if settings.resume_training and settings.overwrite:
+        raise UserError("--resume_training continues a run and --overwrite replaces it: leave one of them out")
+    if settings.resume_training:
+        hint = "there is no run to resume, leave --resume_training out"
+        entries = {"optimizer": dict, "best_score": float, "log": list}
+    elif settings.task in ("train", "probe"):
+        return settings, None
+    checkpoint = load_checkpoint(path, hint, model_dict=dict, settings=dict, data=dict, epoch=int, **entries)
+    for field in dataclasses.fields(cls):
+        name, fixed, stored = field.name, field.metadata["fixed"], checkpoint["settings"]
+        if name not in stored or not field.metadata["stored"]:
+            continue
+        value = Path(stored[name]) if isinstance(field.default, Path) and type(stored[name]) is str else stored[name]
+        if wrong := problem(value, field):
+            raise wrong_kind(path, f"its setting {name}: {wrong}")
+        if (fixed == "always" or fixed and settings.resume_training) and given.get(name, value) != value:
+            made = f"--{name} {given[name]} contradicts {path}, which was made with {name} {value}"
+            raise UserError(f"{made}: leave the flag out, or train anew in another --save_dir")
+        given = {name: value, **given}
+    return cls(**given), checkpoint
 
 
-def next_command(args: argparse.Namespace, script: str, *words: str) -> str:
-    """What to run next, on the same folders."""
-    for name, default in (("data_dir", DATA_DIR), ("save_dir", SAVE_DIR)):
-        if vars(args)[name] != default:
-            words += (f"--{name}", str(vars(args)[name]))
+def next_command(settings: Any, script: str, *words: str, keep: Iterable[str] = ("data_dir", "save_dir")) -> str:
+    """The command to run next, with those settings of `keep` that differ from the defaults."""
+    for field in dataclasses.fields(settings):
+        if field.name in keep and getattr(settings, field.name) != field.default:
+            words += (f"--{field.name}", str(getattr(settings, field.name)))
     return "next: " + shlex.join(["python", script, *words])
 
 
-def settle_flags(
-    given: dict[str, Any], stored: dict[str, Any] | None, defaults: dict[str, Any], free: Iterable[str] = ()
-) -> dict[str, Any]:
-    """Values of flags that a checkpoint may fix: what is stored, else what is given, else the default.
-
-    A flag that was not given is None. A given one of `free` wins; any other that contradicts what is stored raises
-    UserError.
-    """
-    values = {}
-    for name, default in defaults.items():
-        stands = stored[name] if stored else default
-        if stored and name not in free and given[name] not in (None, stands):
-            raise UserError(
-                f"--{name} {given[name]} contradicts the checkpoint, which was made with {name} {stands}: "
-                "leave the flag out, or train anew"
-            )
-        values[name] = stands if given[name] is None else given[name]
-    return values
-
-
-# --- devices and processes
+# --- the machine
 
 
 class Machine(NamedTuple):
@@ -191,69 +277,73 @@ class Machine(NamedTuple):
     world_size: int
 
     def loading(self, batch_size: int, num_workers: int) -> dict[str, Any]:
-        """How a loader of this process is set up. Raises UserError if the batch cannot be divided evenly."""
+        """Loader keywords of this process. Raises UserError if the batch cannot be divided evenly."""
         if batch_size % self.world_size:
             raise UserError(f"--batch_size {batch_size} is not a multiple of the {self.world_size} processes")
-        share = batch_size // self.world_size
-        return {"batch_size": share, "num_workers": num_workers, "pin_memory": self.device.type == "cuda"}
+        shard = {"rank": self.rank, "world_size": self.world_size, "batch_size": batch_size // self.world_size}
+        return {**shard, "num_workers": num_workers, "pin_memory": self.device.type == "cuda"}
 
-    def say(self, text: str) -> None:
-        """Print once, whatever the number of processes."""
+    def print(self, text: str) -> None:
+        """Print in the first process only. Raises OutputClosed if nobody reads any more."""
         if self.rank == 0:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError as error:
+                raise OutputClosed from error
 
 
 def keep_freed_memory() -> None:
-    """Let tensors take the memory that earlier ones left, as a GPU's do.
+    """Let new tensors reuse the memory of freed ones, as on a GPU.
 
-    By default glibc hands every large block back to the system, which must clear fresh pages for the next activation.
+    By default glibc returns every large block to the system, which must clear fresh pages for the next activation.
     The numbers of the two options are those of malloc.h.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block comes from the system by itself
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: none goes back
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: never ask the system for a single block
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return memory
 
 
-def set_up_machine(device: str, gpus: list[int] | None, precision: str) -> Machine:
+def choose_gpus(wanted: str, n_gpus: int, local_rank: int | None) -> list[int]:
+    """The GPUs of this process: those wanted, else all; under torchrun the one of its local rank. Raises UserError."""
+    gpus = [int(number) for number in wanted.split(",")] if wanted else list(range(n_gpus))
+    missing = [gpu for gpu in gpus if gpu >= n_gpus]
+    if missing or not gpus:
+        raise UserError(f"GPU {missing[0] if missing else 0} not found: this machine has {n_gpus} visible GPUs")
+    if local_rank is not None and local_rank >= len(gpus):
+        raise UserError(f"torchrun started more processes on this machine than the {len(gpus)} GPUs to use")
+    return gpus if local_rank is None else [gpus[local_rank]]
+
+
+def set_up_machine(device: str, gpus: str, precision: str) -> Machine:
     """Choose device and precision, and join the other processes if torchrun started this one.
 
     Raises UserError for a device or a GPU that this machine does not have.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    n_gpus = torch.cuda.device_count()
-    if device == "auto":
-        device = "cuda" if n_gpus or gpus else "cpu"
+    local_rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None  # set by torchrun
     if device == "cpu" and gpus:
         raise UserError("--gpus with --device cpu: leave one of them out")
-    if device == "cpu":
-        gpus, place = [], torch.device("cpu")
-        keep_freed_memory()
-    else:
-        gpus = list(range(n_gpus)) if gpus is None else gpus
-        unknown = [gpu for gpu in gpus if gpu >= n_gpus]
-        if unknown or not gpus:
-            raise UserError(f"GPU {unknown[0] if unknown else 0} not found: this machine has {n_gpus} visible GPUs")
-        if world_size > 1:
-            if local_rank >= len(gpus):
-                raise UserError(f"torchrun started more processes on this machine than the {len(gpus)} GPUs to use")
-            gpus = [gpus[local_rank]]
-        place = torch.device("cuda", gpus[0])
+    if device == "cuda" or (device == "auto" and (gpus or torch.cuda.is_available())):
+        chosen = choose_gpus(gpus, torch.cuda.device_count(), local_rank)
+        place = torch.device("cuda", chosen[0])
         torch.cuda.set_device(place)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        chosen, place, has_bf16 = [], torch.device("cpu"), torch.cpu._is_avx512_bf16_supported()
+        keep_freed_memory()
     if precision == "auto":
-        native = torch.cuda.is_bf16_supported(False) if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        precision = "bf16" if native else "fp32"
-    if world_size > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    return Machine(place, gpus, precision, rank, world_size)
+        precision = "bf16" if has_bf16 else "fp32"
+    if local_rank is None:
+        return Machine(place, chosen, precision, rank=0, world_size=1)
+    dist.init_process_group("nccl" if chosen else "gloo")
+    return Machine(place, chosen, precision, dist.get_rank(), dist.get_world_size())
 
 
 class MixedPrecision(nn.Module):
     """A network under autocast.
 
-    The context belongs inside `forward`: DataParallel calls that in threads of its own, to which a context entered
-    outside passes on that it is enabled, but not that its type is bfloat16.
+    The context belongs inside `forward`: DataParallel calls that in threads of its own, which learn from a context
+    entered outside that autocast is enabled, but not that its type is bfloat16.
     """
 
     def __init__(self, net: nn.Module, machine: Machine) -> None:
@@ -262,7 +352,7 @@ class MixedPrecision(nn.Module):
         self.device_type, self.enabled = machine.device.type, machine.precision == "bf16"
 
     def forward(self, *inputs: Any) -> Any:
-        """What the network gives for the inputs."""
+        """What the network computes."""
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.enabled):
             return self.net(*inputs)
 
@@ -270,21 +360,21 @@ class MixedPrecision(nn.Module):
 def wrap(model: nn.Module, machine: Machine) -> nn.Module:
     """The model in the machine's precision, over several processes or GPUs if it has them."""
     net = MixedPrecision(model, machine)
-    if machine.world_size > 1:
-        # A static graph lets parameters without a gradient be, such as attention that no glimpse uses.
+    if dist.is_initialized():
+        # A static graph permits parameters without a gradient, such as attention that no glimpse uses.
         return nn.parallel.DistributedDataParallel(net, device_ids=machine.gpus or None, static_graph=True)
     return nn.DataParallel(net, machine.gpus) if len(machine.gpus) > 1 else net
 
 
-def make_optimizer(*groups: Iterable[nn.Parameter]) -> torch.optim.Adam:
-    """Adam as in 2018, in one kernel for all parameters. The learning rate of each group is the caller's to set."""
+def make_optimizer(*groups: Iterable[nn.Parameter]) -> Optimizer:
+    """Adam as in 2018, in one kernel for all parameters. The caller sets the learning rate of each group."""
     return torch.optim.Adam([{"params": parameters} for parameters in groups], betas=(0.5, 0.999), fused=True)
 
 
 def for_evaluation(net: nn.Module) -> nn.Module:
-    """The wrapped model in eval mode, the same in all processes, and none waits for another in `forward`.
+    """The wrapped model in eval mode, equal in all processes, whose `forward` waits for no other process.
 
-    Processes may have different numbers of batches, and after a training step BatchNorm statistics of their own.
+    Processes may have different numbers of batches and, after a training step, different BatchNorm statistics.
     """
     if isinstance(net, nn.parallel.DistributedDataParallel):
         net = net.module
@@ -293,19 +383,90 @@ def for_evaluation(net: nn.Module) -> nn.Module:
     return net.eval()
 
 
-def gather(part: Tensor, machine: Machine) -> Tensor:
-    """Put together what each process has of a list dealt out in turn: rank r holds the items r, r + world_size, ..."""
-    if machine.world_size == 1:
-        return part
-    parts: list[Any] = [None] * machine.world_size
-    dist.all_gather_object(parts, part)
-    whole = part.new_empty(sum(map(len, parts)), *part.shape[1:])
-    for rank, some in enumerate(parts):
-        whole[rank :: machine.world_size] = some
-    return whole
+# --- meters and predictions
 
 
-# --- checkpoints
+class Meter:
+    """Progress of one pass over a loader, counting the images of all processes, and running means over the images.
+
+    A terminal shows a bar; elsewhere a line a minute is printed. optimizer: of a pass that trains.
+    """
+
+    def __init__(self, title: str, loader: DataLoader, machine: Machine, optimizer: Optimizer | None = None) -> None:
+        self.title, self.machine, self.optimizer, self.n_batches = title, machine, optimizer, len(loader)
+        self.sums: dict[str, float] = {}
+        self.n_images = self.n_steps = 0
+        total = min(len(loader.dataset), len(loader) * loader.batch_size * machine.world_size)
+        hidden = True if machine.rank else None  # None: where standard error is not a terminal
+        self.bar = tqdm(total=total, desc=title, unit=" images", leave=False, disable=hidden)
+        self.start = self.last_line = time.monotonic()
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def update(self, n_images: int, **means: Tensor) -> None:
+        """Add a batch, given its size and means over it. Raises UserError if one of these is not finite."""
+        self.n_images += n_images
+        self.n_steps += 1
+        values = torch.stack([mean.detach() for mean in means.values()]).tolist() if means else []
+        if not all(map(math.isfinite, values)):
+            rates = " and ".join(dict.fromkeys(f"{group['lr']:.3g}" for group in self.optimizer.param_groups))
+            where = f"{self.title}, step {self.n_steps}: the loss is not finite at learning rate {rates}"
+            raise UserError(f"{where}: lower it; what earlier epochs saved is intact")
+        for name, value in zip(means, values):
+            self.sums[name] = self.sums.get(name, 0.0) + value * n_images
+        loss = f"loss {self.sums['loss'] / self.n_images:.3f}" if means else ""
+        self.bar.set_postfix_str(loss, refresh=False)
+        self.bar.update(n_images * self.machine.world_size)
+        if self.bar.disable and time.monotonic() - self.last_line >= SECONDS_PER_LINE:
+            self.last_line = time.monotonic()
+            seconds = self.last_line - self.start
+            rate = f"{self.n_images * self.machine.world_size / seconds:.1f} images/s"
+            left = tqdm.format_interval((self.n_batches - self.n_steps) * seconds / self.n_steps)
+            parts = [f"step {self.n_steps} of {self.n_batches}", loss, rate, f"{left} left"]
+            self.machine.print(f"{self.title}: {', '.join(filter(None, parts))}")
+
+    def means(self) -> dict[str, float]:
+        """The means over the images of all processes."""
+        totals = torch.tensor([*self.sums.values(), self.n_images], dtype=torch.float64, device=self.machine.device)
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+        *sums, n_images = totals.tolist()
+        return {name: total / n_images for name, total in zip(self.sums, sums)}
+
+
+@torch.no_grad()
+def collect(
+    predict: Callable[[Tensor, Tensor], tuple[Tensor, ...]], loader: DataLoader, machine: Machine, title: str
+) -> list[Tensor]:
+    """Predictions for all images of a list, on the CPU and in its order, whatever the number of processes.
+
+    predict: canvases uint8 [B, 3, S, S] on the device and their indices in the list [B] -> tensors [B, ...].
+    Raises UserError unless each image was predicted exactly once, in finite numbers.
+    """
+    batches = []
+    with Meter(title, loader, machine) as meter:
+        for canvas, _, index in loader:
+            batches.append((index, *predict(canvas.to(machine.device, non_blocking=True), index)))
+            meter.update(len(index))
+    shard = [torch.cat(parts).cpu() for parts in zip(*batches)]
+    if dist.is_initialized():
+        shards: list[Any] = [None] * machine.world_size
+        dist.all_gather_object(shards, shard)
+        shard = [torch.cat(parts) for parts in zip(*shards)]
+    index, *values = shard
+    if index.sort().values.tolist() != list(range(len(loader.dataset))):
+        twice = len(index) - len(index.unique())
+        raise UserError(f"{title}: {len(index)} predictions for {len(loader.dataset)} images, {twice} of them repeated")
+    if not all(value.isfinite().all() for value in values):
+        raise UserError(f"{title}: the network's predictions are not finite: lower --lr; earlier files are intact")
+    return [value[index.argsort()] for value in values]
+
+
+# --- files
 
 
 def prepare_folder(path: Path) -> None:
@@ -316,16 +477,11 @@ def prepare_folder(path: Path) -> None:
         raise UserError(f"cannot write to the folder {path}: choose another")
 
 
-def cpu_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state dict on the CPU, so that its file opens on any machine, whatever opens it."""
-    return {key: value.cpu() for key, value in module.state_dict().items()}
-
-
 @contextlib.contextmanager
 def replacing(path: Path, **how: Any) -> Iterator[IO[Any]]:
-    """Open a temporary file, flush it to the disk and rename it: `path` is always whole, the old one or the new.
+    """Open a temporary file, flush it to the disk and rename it, so that `path` is always complete, old or new.
 
-    Raises UserError where that is impossible.
+    Raises UserError if the disk refuses.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -334,25 +490,36 @@ def replacing(path: Path, **how: Any) -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); earlier files are intact") from error
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); earlier files are intact") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_table(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV file, completely or not at all."""
+    # A file name that is not text in the system's encoding is written as it is.
+    with replacing(path, mode="w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint, whole or not at all."""
+    """Write a checkpoint, completely or not at all."""
+    buffer = io.BytesIO()  # writing to a full disk itself, PyTorch raises a RuntimeError like any other
+    torch.save(content, buffer)
     with replacing(path, mode="wb") as file:
-        torch.save(content, file)
+        file.write(buffer.getbuffer())
 
 
-def load_checkpoint(
-    path: Path, required: dict[str, Any], hint: str, optional: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Raises UserError if it is missing (with the hint), broken or of another kind.
+def wrong_kind(path: Path, reason: str) -> UserError:
+    """The error for a checkpoint that lacks what it should hold."""
+    return UserError(f"{path} is not a checkpoint of the expected kind: {reason}")
 
-    required: the entries that it must have, each with a value of the type that the entry has; a number that is
-    positive here is positive there. optional: what the entries that it may lack are then.
+
+def load_checkpoint(path: Path, hint: str, **entries: type) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Raises UserError if it is missing, broken or of another kind.
+
+    hint: what to do if there is none. entries: those that it must have, with their types.
     """
     if not os.path.isfile(path):  # unlike Path's own, False for a name that is too long
         raise UserError(f"checkpoint {path} not found: {hint}")
@@ -361,218 +528,59 @@ def load_checkpoint(
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch raises many types on a broken file
-        raise UserError(f"{path} cannot be read: it is truncated or no checkpoint of PyTorch weights") from error
-    missing = [key for key in required if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of the expected kind: it has no entry {', '.join(missing)}")
-    content = {**(optional or {}), **content}
-    for key, example in {**required, **(optional or {})}.items():
-        value = content[key]
-        if not isinstance(value, type(example)) or (
-            isinstance(value, int | float) and example > 0 and not 0 < value < 2**32
-        ):
-            raise UserError(f"{path} is not a checkpoint of the expected kind: its entry {key} is {str(value)[:40]!r}")
+        raise UserError(f"{path} cannot be read: it is truncated or not a checkpoint of PyTorch weights") from error
+    for name, kind in entries.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+            raise wrong_kind(path, f"it has no entry {name} of type {kind.__name__}")
+    names = content["data"].get("class_names") if "data" in entries else ["not asked for"]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise wrong_kind(path, "it names no classes")
     return content
 
 
-def load_last(path: Path, resume: bool, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint of the last epoch, with these settings in it, or None if a run is not to be resumed."""
-    required = {"model_dict": {}, "optimizer": {}, "epoch": 0, "best_score": 0.0, "data": {}, **settings}
-    return load_checkpoint(path, required, "there is no run to resume, leave --resume_training out") if resume else None
-
-
-@contextlib.contextmanager
-def stoppable(last_path: Path, resumed: bool) -> Iterator[None]:
-    """Training within may be stopped at any time: Stopped then says what is saved, and how to go on."""
-
-    def written() -> int:
-        return last_path.stat().st_mtime_ns if last_path.exists() else 0
-
-    before = written()
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        if resumed or written() != before:
-            raise Stopped(f"every finished epoch is saved in {last_path}: go on with --resume_training=True") from stop
-        raise Stopped("no epoch was finished, nothing new is saved") from stop
-
-
 def load_state(load: Callable[[dict[str, Any]], Any], state: dict[str, Any], path: Path | str) -> None:
-    """Call load(state), and turn PyTorch's long list of misfits into one line. Raises UserError."""
+    """Call load(state), and turn PyTorch's long list of mismatches into one line. Raises UserError."""
     try:
         load(state)
     except (RuntimeError, AttributeError, TypeError, ValueError, KeyError) as error:
-        misfits = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        raise UserError(f"the state in {path} does not fit this network: {misfits[0][:160]}") from error
+        mismatches = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        raise UserError(f"the state in {path} does not fit this network: {mismatches[0][:160]}") from error
 
 
-def restore(
-    last: dict[str, Any] | None, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, float]:
-    """Put the state of the last epoch back, if there is one. Returns the next epoch and the best score so far."""
-    if last is None:
-        return 0, -1.0
-    load_state(model.load_state_dict, last["model_dict"], path)
-    load_state(optimizer.load_state_dict, last["optimizer"], path)
-    return last["epoch"] + 1, last["best_score"]
+def cpu_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state dict on the CPU, so that its file opens on any machine."""
+    return {key: value.cpu() for key, value in module.state_dict().items()}
 
 
-def epochs_left(first: int, epochs: int, machine: Machine) -> range:
-    """The epochs (from 0) that are still to be trained, of `epochs` in all; where none is, it says so."""
-    if first >= epochs:
-        machine.say(f"{count(first, 'epoch')} of {epochs} done: to go on, raise --epochs")
-    return range(first, epochs)
-
-
-def refuse_other_data(stored: dict[str, Any], data: dict[str, Any], path: Path) -> None:
-    """Raise UserError if training would go on with other classes, other list sizes or another split."""
-    for name, value in data.items():
-        if value != stored.get(name):
-            values = "" if name == "class_names" else f" (then {stored.get(name)}, now {value}: see --valid_size)"
-            raise UserError(f"{path} was trained on other data: {name.replace('_', ' ')} differ{values}")
-
-
-def class_names_of(checkpoint: dict[str, Any], path: Path) -> list[str]:
-    """The names of the classes that a checkpoint tells apart. Raises UserError if there are none in it."""
-    names = checkpoint["data"].get("class_names")
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} is not a checkpoint of the expected kind: it names no classes")
-    return names
-
-
-def refuse_other_classes(stored: list[str], class_names: list[str], data_dir: Path, path: Path) -> None:
-    """Raise UserError if a network is to be used on pictures of other classes than it was trained on."""
-    if class_names != stored:
+def refuse_other_classes(checkpoint: dict[str, Any], class_names: list[str], data_dir: Path, path: Path) -> None:
+    """Raise UserError if a network is to be tested on other classes than it was trained on."""
+    if class_names != checkpoint["data"]["class_names"]:
         raise UserError(f"{data_dir} has other classes than those that {path} was trained on")
 
 
-# --- meters and logs
+def refuse_other_data(stored: dict[str, Any], data: dict[str, Any], path: Path) -> None:
+    """Raise UserError if training would go on with other classes, other images or another split."""
+    for name, value in data.items():
+        if value != stored.get(name):
+            numbers = f" (then {stored.get(name)}, now {value}: see --valid_size)" if isinstance(value, int) else ""
+            raise UserError(f"{path} was trained on other data: {name.replace('_', ' ')} differ{numbers}")
 
 
-class Meter:
-    """Running means over the pictures of one pass, and the bar that shows them.
-
-    Sums stay on the device, so that no step waits for them. The bar counts the pictures of all processes; it is silent
-    in a pipe and on all processes but the first. With an optimizer the pass is training, and a mean that is not a
-    finite number ends it.
-    """
-
-    def __init__(
-        self, title: str, loader: DataLoader, machine: Machine, optimizer: torch.optim.Optimizer | None = None
-    ) -> None:
-        self.title, self.machine, self.optimizer = title, machine, optimizer
-        self.sums: dict[str, Tensor] = {}
-        self.n_pictures = self.n_steps = 0
-        self.n_finite: Tensor | int = 0  # steps before the first mean that was not finite
-        total = min(len(loader.dataset), len(loader) * loader.batch_size * machine.world_size)
-        hidden = True if machine.rank else None  # None: where the output is no terminal
-        self.bar = tqdm(total=total, desc=title, unit=" pictures", leave=False, disable=hidden)
-
-    def __enter__(self) -> "Meter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-
-    def update(self, n_pictures: int, **means: Tensor) -> None:
-        """Add a batch, given its size and the means over it. Raises UserError as `require_finite`."""
-        self.n_pictures += n_pictures
-        self.n_steps += 1
-        for name, mean in means.items():
-            self.sums[name] = self.sums.get(name, 0) + mean.detach().double() * n_pictures
-        if self.optimizer is not None:
-            self.n_finite = self.n_finite + torch.stack(list(self.sums.values())).isfinite().all()
-        refreshed = self.bar.update(n_pictures * self.machine.world_size)
-        if refreshed or self.n_steps % STEPS_PER_CHECK == 0:
-            self.require_finite()
-        if refreshed and self.sums:
-            means = {name: self.sums[name].item() / self.n_pictures for name in SHOWN_BY_BAR if name in self.sums}
-            self.bar.set_postfix_str(", ".join(f"{name} {mean:.3f}" for name, mean in means.items()), refresh=False)
-
-    def require_finite(self) -> None:
-        """Raise UserError if the loss of a training step was not a finite number, naming the first such step."""
-        if self.optimizer is not None and int(self.n_finite) < self.n_steps:
-            rates = sorted({f"{group['lr']:.3g}" for group in self.optimizer.param_groups})
-            raise UserError(
-                f"{self.title}, step {int(self.n_finite) + 1}: the loss is not finite at learning rate "
-                f"{' and '.join(rates)}: lower it; what earlier epochs saved is intact"
-            )
-
-    def means(self) -> dict[str, float]:
-        """The means over the pictures of all processes. Raises UserError as `require_finite`."""
-        self.require_finite()
-        totals = torch.stack([*self.sums.values(), next(iter(self.sums.values())).new_tensor(self.n_pictures)])
-        if self.machine.world_size > 1:
-            dist.all_reduce(totals)
-        *sums, count = totals.tolist()
-        return {name: total / count for name, total in zip(self.sums, sums)}
-
-
-def check_answers(answers: Tensor, index: Tensor, n_pictures: int, title: str) -> None:
-    """Raise UserError unless there is one answer, all of it finite, for each picture of a list, in its order.
-
-    answers: [N, ...]; index: [N], which pictures they are of.
-    """
-    if index.tolist() != list(range(n_pictures)):
-        twice = len(index) - len(index.unique())
-        raise UserError(f"{title}: {len(index)} answers for {n_pictures} pictures, {twice} of them given twice")
-    if not answers.isfinite().all():
-        raise UserError(f"{title}: the network's answers are not finite: lower --lr; earlier files are intact")
-
-
-def read_log(path: Path) -> list[dict[str, str]]:
-    """Rows of a metrics log, none if there is no such file. Raises UserError if it is not one of ours."""
-    try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        return [row for row in rows if int(row["epoch"]) > 0]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no metrics log of this script: move it away, or give another --save_dir") from error
+def git_revision() -> str:
+    """The commit of this code, empty where it is not in a clone."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def open_tensorboard(folder: Path, epoch: int) -> Any:
-    """A writer of TensorBoard's files, for the epochs from this one (from 0) on: it hides what others left of them.
-
-    Raises UserError where TensorBoard is not installed.
-    """
+    """A writer for TensorBoard from this epoch (from 0) on. Raises UserError where TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError("--tensorboard takes a package that is missing: pip install tensorboard") from error
+        raise UserError("--tensorboard needs a package that is missing: pip install tensorboard") from error
     return SummaryWriter(folder, purge_step=epoch + 1)
-
-
-def log_metrics(path: Path, epoch: int, board: Any = None, **parts: dict[str, float]) -> None:
-    """Write an epoch (from 0) into a metrics log, in place of rows of the same and later epochs.
-
-    board: of `open_tensorboard`, where the same figures go too.
-    """
-    row = {f"{part}_{name}": f"{value:.6g}" for part, values in parts.items() for name, value in values.items()}
-    rows = [old for old in read_log(path) if int(old["epoch"]) <= epoch]
-    with replacing(path, mode="w", newline="") as file:
-        writer = csv.DictWriter(file, ["epoch", *row], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows([*rows, {"epoch": epoch + 1, **row}])
-    if board is not None:
-        for part, values in parts.items():
-            for name, value in values.items():
-                board.add_scalar(f"{name}/{part}", value, epoch + 1)
-        board.flush()
-
-
-def write_table(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
-    """Write a CSV file, whole or not at all."""
-    with replacing(path, mode="w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-
-
-def save_picture(path: Path, image: Image.Image) -> None:
-    """Write a drawing as a JPEG, whole or not at all, into a folder that is made for it. Raises UserError."""
-    prepare_folder(path.parent)
-    with replacing(path, mode="wb") as file:
-        image.save(file, "JPEG", quality=95, subsampling=0)
 
 
 def count(n: int, noun: str) -> str:
@@ -581,33 +589,123 @@ def count(n: int, noun: str) -> str:
 
 
 def describe_classes(names: list[str]) -> str:
-    """How many classes there are, and what the first and the last are called."""
+    """How many classes there are, with the names of the first and the last."""
     some = names if len(names) <= 4 else [*names[:3], "...", names[-1]]
     return f"{count(len(names), 'class')}: {', '.join(some)}"
 
 
-def describe_run(
-    *,
-    flags: dict[str, Any],
-    data: dict[str, Any],
-    origin: str,
-    outputs: dict[str, Path],
-    model: nn.Module,
-    machine: Machine,
-    board: Any,
-) -> str:
-    """What a training run is about to do: its data, network, flags, machine and files, for a terminal of 80 columns."""
-    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (1, 0))
-    sizes = [count(data[part], part.removesuffix("s")) for part in ("training pictures", "validation pictures")]
-    where = f"GPUs {machine.gpus}" if machine.gpus else f"CPU, {count(torch.get_num_threads(), 'thread')}"
-    files = [f"{path} ({what})" for what, path in outputs.items()]
-    lines = {
-        "data": f"{' and '.join(sizes)} of {describe_classes(data['class_names'])}",
-        "split": origin,
-        "model": f"{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained",
-        "flags": " ".join(f"{name}={value}" for name, value in flags.items()),
-        "on": f"{where}, {count(machine.world_size, 'process')}, {machine.precision}",
-        "files": ", ".join(files) + (f"; watch: tensorboard --logdir {board.log_dir}" if board else ""),
-    }
-    wrap = {"width": 79, "subsequent_indent": " " * 7, "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(textwrap.fill(f"{name:7}{text}", **wrap) for name, text in lines.items())
+class Run:
+    """A training run and its files under --save_dir: the best checkpoint, the last one to resume from, the log.
+
+    files: their names, in this order. last: the last checkpoint if the run is resumed, else None. stored: what
+    checkpoints hold beside states and settings, with `data` of `describe_data`. Raises UserError, before anything is
+    written, if an earlier run would be lost or resumed on other data.
+    """
+
+    def __init__(
+        self, settings: Any, machine: Machine, files: tuple[str, ...], last: dict | None, **stored: Any
+    ) -> None:
+        self.settings, self.machine, self.last = settings, machine, last
+        self.best_path, self.last_path, self.log_path = self.paths = [settings.save_dir / name for name in files]
+        if last:
+            refuse_other_data(last["data"], stored["data"], self.last_path)
+        elif not settings.overwrite and (present := [path.name for path in self.paths if os.path.exists(path)]):
+            resume = "continue it with --resume_training=True, " if files[1] in present else ""
+            found = f"{settings.save_dir} holds an earlier run ({', '.join(present)})"
+            raise UserError(f"{found}: {resume}replace it with --overwrite, or choose another --save_dir")
+        values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.metadata["stored"]}
+        plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        versions = {"torch": str(torch.__version__), "torchvision": torchvision.__version__, "git": git_revision()}
+        made_by = {**versions, "device": machine.device.type, "precision": machine.precision}
+        self.stored = {"settings": plain, "made_by": made_by, **stored}
+        self.best_score, self.rows = (last["best_score"], last["log"]) if last else (math.inf, [])
+        if not all(
+            isinstance(row, dict) and all(isinstance(x, int | float) for x in row.values()) for row in self.rows
+        ):
+            raise wrong_kind(self.last_path, "its log is not one of figures")
+        self.board: Any = None  # TensorBoard's writer
+
+    def restore(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Put the state after the last epoch back, if the run is resumed. Raises UserError if it does not fit."""
+        if self.last:
+            load_state(model.load_state_dict, self.last["model_dict"], self.last_path)
+            load_state(optimizer.load_state_dict, self.last["optimizer"], self.last_path)
+
+    @contextlib.contextmanager
+    def training(self, model: nn.Module, split_rule: str, best: dict[str, nn.Module]) -> Iterator[range]:
+        """Describe the run, give the epochs (from 0) to train, and at the end say what is saved, also when stopped.
+
+        best: modules whose states the best checkpoint holds, by the names of its entries.
+        """
+        first, n_epochs, rows = self.last["epoch"] + 1 if self.last else 0, self.settings.epochs, self.rows
+        self.best = best
+        prepare_folder(self.settings.save_dir)
+        if self.settings.tensorboard and self.machine.rank == 0:
+            self.board = open_tensorboard(self.settings.save_dir / "tensorboard" / self.log_path.stem, first)
+        try:
+            self.machine.print(self.describe(model, split_rule))
+            if self.last and first >= n_epochs:
+                self.machine.print(f"{count(first, 'epoch')} of {n_epochs} done: to go on, raise --epochs")
+            if not self.last and n_epochs == 0:
+                self.save_best(-1, {})
+            yield range(first, n_epochs)
+        except KeyboardInterrupt as stop:
+            if not self.last and self.rows is rows:
+                raise Stopped("no epoch was finished, there is nothing to resume") from stop
+            where = f"every finished epoch is saved in {self.last_path}"
+            raise Stopped(f"{where}: go on with --resume_training=True") from stop
+        found = f"lowest validation NLL {self.best_score:.4f}" if self.rows else "untrained network"
+        self.machine.print(f"{found}: {self.best_path}")
+
+    def describe(self, model: nn.Module, split_rule: str) -> str:
+        """Data, network, settings, machine and files of the run, for a terminal of 80 columns."""
+        data, machine = self.stored["data"], self.machine
+        flags = [f.name for f in dataclasses.fields(self.settings) if "train" in (f.metadata["tasks"] or ["train"])]
+        sizes = [count(data[name], name[:-1].replace("_", " ")) for name in ("training_images", "validation_images")]
+        total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (1, 0))
+        where = f"GPUs {machine.gpus}" if machine.gpus else f"CPU, {count(torch.get_num_threads(), 'thread')}"
+        files = [f"{path} ({use})" for path, use in zip(self.paths, ("best", "to resume from", "metrics"))]
+        lines = {
+            "data": f"{' and '.join(sizes)} of {describe_classes(data['class_names'])}",
+            "split": split_rule,
+            "model": f"{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained",
+            "flags": " ".join(f"{name}={getattr(self.settings, name)}" for name in flags),
+            "on": f"{where}, {count(machine.world_size, 'process')}, {machine.precision}",
+            "files": ", ".join(files) + (f"; tensorboard --logdir {self.board.log_dir}" if self.board else ""),
+        }
+        wrap = {"width": 79, "subsequent_indent": " " * 7, "break_long_words": False, "break_on_hyphens": False}
+        return "\n".join(textwrap.fill(f"{name:7}{text}", **wrap) for name, text in lines.items())
+
+    def save_best(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Write the best checkpoint, of this epoch (from 0; -1: untrained). The first of a run ends an earlier run."""
+        if self.machine.rank == 0:
+            for path in (self.last_path, self.log_path) if not self.last and not self.rows else ():
+                path.unlink(missing_ok=True)
+            states = {name: cpu_state(module) for name, module in self.best.items()}
+            save_checkpoint(self.best_path, {**states, "epoch": epoch, "metrics": metrics, **self.stored})
+
+    def save(
+        self, epoch: int, score: float, model: nn.Module, optimizer: Optimizer, **metrics: float | dict[str, float]
+    ) -> bool:
+        """Write an epoch (from 0) to all three files. Returns whether its score is the lowest so far.
+
+        The last checkpoint is written last: a run that is stopped before that repeats the epoch when resumed.
+        """
+        is_best, self.best_score = score < self.best_score, min(score, self.best_score)
+        row = {}
+        for part, value in metrics.items():
+            row |= {f"{part}_{name}": one for name, one in value.items()} if isinstance(value, dict) else {part: value}
+        rows = [*self.rows, {"epoch": epoch + 1, **row}]
+        if self.machine.rank == 0:
+            if is_best:
+                self.save_best(epoch, row)
+            cells = ([f"{old.get(name, math.nan):.6g}" for name in rows[-1]] for old in rows)
+            write_table(self.log_path, rows[-1], cells)
+            for name, value in row.items() if self.board else ():
+                self.board.add_scalar("/".join(reversed(name.split("_", 1))), value, epoch + 1)
+                self.board.flush()
+            state = {"model_dict": cpu_state(model), "optimizer": optimizer.state_dict()}
+            progress = {"epoch": epoch, "best_score": self.best_score, "log": rows}
+            save_checkpoint(self.last_path, {**state, **progress, **self.stored})
+        self.rows = rows
+        return is_best

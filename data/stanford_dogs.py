@@ -1,7 +1,7 @@
-"""Downloads, verifies and unpacks Stanford Dogs (757 MiB): python data/stanford_dogs.py
+"""Download, verify and unpack Stanford Dogs (757 MiB): python data/stanford_dogs.py
 
-Makes DATA_DIR/Images/<breed folder>/<file>.jpg and DATA_DIR/lists/{train,test,file}_list.mat.
-The same command continues an interrupted run.
+Creates DATA_DIR/Images/<breed folder>/<file>.jpg and DATA_DIR/lists/{train,test,file}_list.mat.
+The same command resumes an interrupted run.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 
 class Archive(NamedTuple):
-    """One archive of the data set and the folder it becomes; it holds either that folder or what is in it."""
+    """An archive of the data set and its target folder; the archive contains either that folder or its contents."""
 
     name: str
     size: int  # bytes
@@ -37,29 +37,30 @@ ARCHIVES = (
 CHUNK = 1 << 18  # bytes
 TRIES = 5
 PAUSE = 2.0  # seconds between two tries
-TIMEOUT = 30.0  # seconds without a byte
+TIMEOUT = 30.0  # seconds without receiving data
 
 
 class DatasetError(Exception):
-    """What the user is told in one line instead of a traceback."""
+    """An error reported to the user in one line, without a traceback."""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Downloads, verifies and unpacks Stanford Dogs.", allow_abbrev=False)
-    parser.add_argument("--data_dir", type=Path, default=Path("data/Original"), help="folder to fill")
-    parser.add_argument("--base_url", default=BASE_URL, help="where both archives are (a mirror)")
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Download, verify and unpack Stanford Dogs.", allow_abbrev=False)
+    parser.add_argument("--data_dir", type=Path, default=Path("data/Original"), help="output folder (%(default)s)")
+    parser.add_argument("--base_url", default=BASE_URL, help="URL of the folder with both archives (%(default)s)")
     return parser.parse_args(argv)
 
 
 def bytes_in(path: Path) -> int:
-    """Size of a file in bytes, 0 for one that is not there."""
+    """Size of a file in bytes, 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0
 
 
 def fetch(url: str, part: Path, size: int) -> None:
-    """Sends one request for what `part` lacks of its `size` bytes and writes until the reply ends.
+    """Send one request for the missing bytes of `part`, `size` bytes in total, and append the response to it.
 
-    Raises DatasetError, leaving `part` alone, if the server's file has another size, and urllib's errors.
+    Raises DatasetError, with `part` unchanged, if the server's file has a different size, and urllib's errors.
     """
     have = bytes_in(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -75,16 +76,16 @@ def fetch(url: str, part: Path, size: int) -> None:
             open(part, "ab" if resumed else "wb") as file,
             tqdm(desc=part.stem, total=size, initial=have, unit="B", unit_scale=True, disable=None) as bar,
         ):
-            # The size is checked here too: a reply without Content-Length may never end.
+            # The size is checked here too, because a response without Content-Length may never end.
             while file.tell() <= size and (chunk := response.read(CHUNK)):
                 file.write(chunk)
                 bar.update(len(chunk))
 
 
 def download(url: str, part: Path, size: int) -> None:
-    """Brings `part` to `size` bytes, continuing what is there; a broken connection is tried again.
+    """Download `part` up to `size` bytes, resuming a partial file and retrying after a broken connection.
 
-    Raises DatasetError if the server refuses, or if the connection still breaks after TRIES requests.
+    Raises DatasetError if the server refuses, or if the connection still fails after TRIES requests.
     """
     if bytes_in(part) > size:
         part.unlink()
@@ -106,13 +107,13 @@ def download(url: str, part: Path, size: int) -> None:
             elif error.code < 500:
                 raise DatasetError(f"{url}: {reason}") from error
         except (ValueError, http.client.InvalidURL) as error:
-            raise DatasetError(f"{url}: not a usable address ({error})") from error
+            raise DatasetError(f"{url}: not a valid URL ({error})") from error
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             reason = str(getattr(error, "reason", error))
 
 
 def verify(path: Path, size: int, sha256: str) -> None:
-    """Deletes `path` and raises DatasetError unless it has this size in bytes and this SHA-256."""
+    """Delete `path` and raise DatasetError unless it has this size in bytes and this SHA-256."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
@@ -126,15 +127,15 @@ def verify(path: Path, size: int, sha256: str) -> None:
 
 
 def unpack(path: Path, folder: Path, temporary: Path) -> None:
-    """Unpacks a tar file into `temporary` and renames that to `folder`, which is thus complete or not there.
+    """Unpack a tar file into `temporary` and rename that to `folder`, which is therefore complete or absent.
 
-    Raises DatasetError for a broken tar file or a member that would land outside.
+    Raises DatasetError for a broken tar file or a member outside the target folder.
     """
     try:
         with tarfile.open(path, "r:") as tar:
             tar.extractall(temporary, members=tqdm(tar, unit=" files", disable=None), filter="data")
         if folder.exists():
-            folder.rmdir()  # it is empty, and Windows does not rename over it
+            folder.rmdir()  # it is empty; Windows does not rename over an existing folder
         inner = temporary / folder.name
         (inner if inner.is_dir() else temporary).rename(folder)
     except tarfile.TarError as error:
@@ -144,7 +145,7 @@ def unpack(path: Path, folder: Path, temporary: Path) -> None:
 
 
 def install(archive: Archive, data_dir: Path, base_url: str) -> None:
-    """Brings the archive's folder into `data_dir` unless it is there; clears what interrupted runs left."""
+    """Download and unpack an archive into `data_dir` unless its folder exists; remove leftovers of interrupted runs."""
     folder, temporary = data_dir / archive.folder, data_dir / f"{archive.folder}.part"
     path, part = data_dir / archive.name, data_dir / f"{archive.name}.part"
     if temporary.exists():
@@ -154,7 +155,7 @@ def install(archive: Archive, data_dir: Path, base_url: str) -> None:
     else:
         data_dir.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            print(f"{path}: downloading, {bytes_in(part):,} of {archive.size:,} bytes are there", flush=True)
+            print(f"{path}: downloading, {bytes_in(part):,} of {archive.size:,} bytes done", flush=True)
             download(f"{base_url.rstrip('/')}/{archive.name}", part, archive.size)
             part.rename(path)
         print(f"{path}: verifying", flush=True)
@@ -166,7 +167,7 @@ def install(archive: Archive, data_dir: Path, base_url: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 after an error or 130 after Ctrl-C, both told in one line on stderr."""
+    """Return the exit code: 0, or 1 after an error or 130 after Ctrl-C, each reported in one line on stderr."""
     args = parse_args(argv)
     try:
         if not hasattr(tarfile, "data_filter"):

@@ -1,8 +1,8 @@
-"""Draws "toy dogs", a small synthetic fine-grained data set, in the layout of Stanford Dogs.
+"""Draw "toy dogs", a small synthetic fine-grained data set, in the layout of Stanford Dogs.
 
-Each picture shows one dog of any colour somewhere on a smooth background. The eight breeds differ only in the
-fine pattern of the coat, whose period is about 4 pixels: a glimpse at full resolution reads it, the picture
-reduced four times does not show it. To name the breed one has to find the dog first and then look there.
+Each image shows one dog of any colour somewhere on a smooth background. The eight breeds differ only in the fine
+pattern of the coat, whose period is about 4 pixels: it is visible in a glimpse at full resolution, but not in the image
+downsampled by a factor of 4. Classifying the breed therefore requires finding the dog first and then looking there.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from PIL import Image, ImageDraw
 from scipy.io import savemat
 from tqdm import tqdm
 
-REDUCTION = 4  # from the picture to the context
-PERIOD = 4.0  # of the patterns in pixels, whatever the side of the picture
+REDUCTION = 4  # downsampling factor from the image to the context
+PERIOD = 4.0  # of the patterns in pixels, independent of the image size
 CONTRAST = 0.28  # standard deviation of a pattern as a fraction of the coat's colour
-LENGTH = 1 / 3  # of a dog from tail to nose, in sides of the picture
+LENGTH = 1 / 3  # of a dog from tail to nose, as a fraction of the image side
 SUPERSAMPLING = 4
 
-# What the breeds look like, x and y in radians of the period. Each is its own mirror image but for the phase,
-# no two have the same spectrum, and each is so fine along x or y that the reduction averages it away.
+# Patterns of the breeds, with x and y in radians of the period. Each is its own mirror image up to a phase, no two have
+# the same spectrum, and each is so fine along x or y that downsampling averages it out.
 WAVES = {
     "horizontal_stripes": lambda x, y: np.cos(y),
     "vertical_stripes": lambda x, y: np.cos(x),
@@ -37,15 +37,15 @@ WAVES = {
     "crosshatch": lambda x, y: np.minimum(np.cos(x + y / 2), np.cos(x - y / 2)),
     # As high as the period and three times as wide.
     "zigzag": lambda x, y: np.cos(y + 2 * np.arcsin(np.sin(x / 3))),
-    # A little finer than the others: where a ring runs slantwise it is coarser along x and y.
+    # Slightly finer than the others, because rings are coarser along x and y where they run diagonally.
     "rings": lambda x, y: np.cos(1.1 * np.hypot(x, y)),
 }
 BREEDS = (*WAVES, "plain_grain")
 FOLDERS = tuple(f"n{number:08d}-{breed}" for number, breed in enumerate(BREEDS, start=1))
 SPLITS = ("train", "test")
 
-# A dog that looks to the right, in the order of painting. A part is a row of discs along a quadratic curve:
-# start, bend, end, first radius, last radius, light (x to the right, y down). Far legs and ear are in shade.
+# A dog facing right, in drawing order. A body part is a row of discs along a quadratic Bezier curve: start, control
+# point, end, first radius, last radius, brightness (x to the right, y down). The far legs and the ear are shaded.
 LIT, SHADED, DARK = 1.0, 0.72, 0.12
 DOG = {
     "far front leg": ((0.09, 0.06), (0.10, 0.20), (0.09, 0.37), 0.070, 0.050, SHADED),
@@ -63,29 +63,29 @@ DOG = {
     "eye": ((0.34, -0.32), (0.34, -0.32), (0.34, -0.32), 0.028, 0.028, DARK),
     "nose": ((0.51, -0.26), (0.51, -0.26), (0.51, -0.26), 0.036, 0.036, DARK),
 }
-SWAY = {"tail": 0.10, "far front leg": 0.05, "far hind leg": 0.05}  # how far an end moves to either side
+SWAY = {"tail": 0.10, "far front leg": 0.05, "far hind leg": 0.05}  # largest horizontal shift of a part's end point
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 class Scene(NamedTuple):
-    """A picture whose dog has no pattern yet; S is the side in pixels."""
+    """An image of a dog without a pattern; S is the side in pixels."""
 
     plain: np.ndarray  # [S, S, 3] in [0, 1]
     coat: np.ndarray  # [3], the coat's colour
-    light: np.ndarray  # [S, S] in [0, 1], how much of the coat's colour each pixel shows
+    light: np.ndarray  # [S, S] in [0, 1], brightness of the coat in each pixel, 0 outside the dog
     box: Box  # of the dog
 
 
 def hsv_to_rgb(hue: ArrayLike, saturation: ArrayLike, value: ArrayLike) -> np.ndarray:
-    """Colours `[..., 3]` in [0, 1]; hues are in turns, of any size."""
-    hue, saturation, value = (np.asarray(part)[..., None] for part in (hue, saturation, value))
+    """Colours `[..., 3]` in [0, 1]; hues are in turns and wrap around."""
+    hue, saturation, value = (np.asarray(channel)[..., None] for channel in (hue, saturation, value))
     sector = (np.array([5, 3, 1]) + 6 * hue) % 6
     return value * (1 - saturation * np.clip(np.minimum(sector, 4 - sector), 0, 1))
 
 
 def draw_background(size: int, generator: Generator) -> np.ndarray:
-    """A Bezier surface through light, neighbouring hues: `[S, S, 3]` in [0, 1], without any texture."""
+    """A Bezier surface of bright colours with similar hues: `[S, S, 3]` in [0, 1], without texture."""
     hue = generator.uniform() + generator.normal(0, 0.12, (5, 5))
     knots = hsv_to_rgb(hue, generator.uniform(0.05, 0.6, (5, 5)), generator.uniform(0.88, 1, (5, 5)))
     t = (np.arange(size) + 0.5) / size
@@ -94,18 +94,18 @@ def draw_background(size: int, generator: Generator) -> np.ndarray:
 
 
 def pose_dog(generator: Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Discs (x, y, radius) `[N, 3]` in sides of the picture, centred on (0, 0), and their lights `[N]`."""
+    """Discs (x, y, radius) `[N, 3]` as fractions of the image side, centred on (0, 0), and their brightness `[N]`."""
     discs, lights = [], []
     t = np.linspace(0, 1, 24)[:, None]
-    for name, (start, bend, end, first_radius, last_radius, light) in DOG.items():
+    for name, (start, control, end, first_radius, last_radius, light) in DOG.items():
         end = np.add(end, (SWAY.get(name, 0) * generator.uniform(-1, 1), 0))
-        curve = (1 - t) ** 2 * start + 2 * t * (1 - t) * np.array(bend) + t**2 * end
+        curve = (1 - t) ** 2 * start + 2 * t * (1 - t) * np.array(control) + t**2 * end
         discs.append(np.hstack([curve, first_radius + t * (last_radius - first_radius)]))
         lights.append(np.full(len(t), light))
     discs = np.concatenate(discs) * LENGTH * generator.uniform(0.85, 1.15)
     tilt = math.radians(generator.uniform(-10, 10))
-    turn = np.array([[math.cos(tilt), -math.sin(tilt)], [math.sin(tilt), math.cos(tilt)]])
-    discs[:, :2] = discs[:, :2] @ turn.T
+    rotation = np.array([[math.cos(tilt), -math.sin(tilt)], [math.sin(tilt), math.cos(tilt)]])
+    discs[:, :2] = discs[:, :2] @ rotation.T
     if generator.random() < 0.5:
         discs[:, 0] *= -1
     centers, radii = discs[:, :2], discs[:, 2:]
@@ -114,7 +114,7 @@ def pose_dog(generator: Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_scene(size: int, spread: float, generator: Generator) -> Scene:
-    """Puts a dog in plain colour, wholly inside, on a background."""
+    """Draw a dog without a pattern, entirely inside the image, on a background."""
     background = draw_background(size, generator)
     discs, lights = pose_dog(generator)
     room = 0.5 - (discs[:, :2] + discs[:, 2:]).max(axis=0)
@@ -124,23 +124,23 @@ def draw_scene(size: int, spread: float, generator: Generator) -> Scene:
             offset = generator.normal(0, spread)
         discs[:, axis] += 0.5 + offset
 
-    # Two canvases: what the dog covers, and how much light falls there.
+    # Two canvases: the dog's mask and its brightness.
     canvases = [Image.new("L", (size * SUPERSAMPLING,) * 2) for _ in range(2)]
-    pens = [ImageDraw.Draw(canvas) for canvas in canvases]
+    draws = [ImageDraw.Draw(canvas) for canvas in canvases]
     for (x, y, radius), light in zip(discs * size * SUPERSAMPLING, lights):
-        for pen, fill in zip(pens, (255, round(255 * light))):
-            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+        for draw, fill in zip(draws, (255, round(255 * light))):
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
     mask, light = (canvas.reduce(SUPERSAMPLING) for canvas in canvases)
     box = mask.getbbox()
     mask, light = (np.asarray(image, dtype=float) / 255 for image in (mask, light))
 
-    # Darker than any background, and dark enough to leave room for the pattern's peaks.
+    # Darker than any background, and dark enough that the pattern's peaks are not clipped.
     coat = hsv_to_rgb(generator.uniform(), generator.uniform(0.25, 0.8), generator.uniform(0.48, 0.6))
     return Scene(background * (1 - mask[..., None]) + coat * light[..., None], coat, light, box)
 
 
 def draw_pattern(breed: str, size: int, box: Box, generator: Generator) -> np.ndarray:
-    """A breed's pattern over the whole picture, `[S, S]`, of any mean and contrast."""
+    """A breed's pattern over the whole image, `[S, S]`, not yet normalized."""
     if breed == "plain_grain":
         spectrum = np.fft.rfft2(generator.normal(size=(size, size)))
         frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
@@ -153,9 +153,9 @@ def draw_pattern(breed: str, size: int, box: Box, generator: Generator) -> np.nd
 
 
 def normalize_pattern(pattern: np.ndarray, light: np.ndarray) -> np.ndarray:
-    """Zero mean over what each pixel of the context sees of the coat, unit deviation over the whole coat.
+    """Zero mean over the coat within each pixel of the context, unit standard deviation over the whole coat.
 
-    The context of a picture is then the same whatever the breed. This takes little away from fine patterns.
+    The context of an image is then the same for all breeds, and fine patterns are hardly changed.
     """
     blocks = (len(light) // REDUCTION, REDUCTION) * 2
     total = light.reshape(blocks).sum(axis=(1, 3), keepdims=True)
@@ -164,56 +164,56 @@ def normalize_pattern(pattern: np.ndarray, light: np.ndarray) -> np.ndarray:
     return pattern / np.sqrt((light * pattern**2).sum() / light.sum())
 
 
-def draw_picture(breed: str, size: int, spread: float, generator: Generator) -> tuple[np.ndarray, Box]:
-    """A picture `[S, S, 3]` of uint8 and the dog's box; equal generators give equal scenes for all breeds."""
+def draw_image(breed: str, size: int, spread: float, generator: Generator) -> tuple[np.ndarray, Box]:
+    """An image, uint8 `[S, S, 3]`, and the dog's box; equal generators give equal scenes for all breeds."""
     scene = draw_scene(size, spread, generator)
     pattern = draw_pattern(breed, size, scene.box, generator)
     texture = CONTRAST * scene.light * normalize_pattern(pattern, scene.light)
-    picture = scene.plain + scene.coat * texture[..., None]
-    return np.clip(picture * 255 + 0.5, 0, 255).astype(np.uint8), scene.box
+    image = scene.plain + scene.coat * texture[..., None]
+    return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8), scene.box
 
 
 def write_list(path: Path, names: list[str], labels: list[int]) -> None:
-    """Writes one official list, whole or not at all."""
+    """Write one list in the format of Stanford Dogs, atomically."""
     columns = {
         "file_list": np.array(names, dtype=object)[:, None],
         "annotation_list": np.array([name.removesuffix(".jpg") for name in names], dtype=object)[:, None],
         "labels": np.array(labels, dtype=np.uint8)[:, None],
     }
-    unfinished = path.with_suffix(".tmp")
-    savemat(unfinished, columns, appendmat=False, do_compression=True)
-    os.replace(unfinished, path)
+    temporary = path.with_suffix(".tmp")
+    savemat(temporary, columns, appendmat=False, do_compression=True)
+    os.replace(temporary, path)
 
 
 def write_data_set(data_dir: Path, n_train: int, n_test: int, size: int, spread: float, seed: int) -> None:
-    """Draws all pictures, then writes the table of boxes, then the lists: who finds these has everything."""
+    """Draw all images, then write the table of boxes and last the lists, so that a set with lists is complete."""
     images, lists = data_dir / "Images", data_dir / "lists"
     lists.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         (lists / f"{split}_list.mat").unlink(missing_ok=True)
     for folder in FOLDERS:
         (images / folder).mkdir(parents=True, exist_ok=True)
-        for leftover in (images / folder).glob(f"{folder[:9]}_*.jpg"):
-            leftover.unlink()
+        for old_image in (images / folder).glob(f"{folder[:9]}_*.jpg"):
+            old_image.unlink()
 
     counts = (n_train // len(BREEDS), n_test // len(BREEDS))
     names = {split: [] for split in SPLITS}
     boxes = []
-    with tqdm(total=n_train + n_test, unit="dog", disable=None) as progress:
-        for part, split in enumerate(SPLITS):
+    with tqdm(total=n_train + n_test, unit=" images", disable=None) as progress:
+        for split_index, split in enumerate(SPLITS):
             for label, (breed, folder) in enumerate(zip(BREEDS, FOLDERS), start=1):
-                for i in range(counts[part]):
-                    # A generator for each: more pictures of one split leave all others as they are.
-                    generator = np.random.default_rng((seed, part, label, i))
-                    picture, box = draw_picture(breed, size, spread, generator)
-                    name = f"{folder}/{folder[:9]}_{part * counts[0] + i + 1}.jpg"
-                    # Chroma subsampling would average two pixels, half a period, of the coat's colour.
-                    Image.fromarray(picture).save(images / name, quality=95, subsampling=0)
+                for i in range(counts[split_index]):
+                    # One generator per image, so that the size of one split does not change the other images.
+                    generator = np.random.default_rng((seed, split_index, label, i))
+                    image, box = draw_image(breed, size, spread, generator)
+                    name = f"{folder}/{folder[:9]}_{split_index * counts[0] + i + 1}.jpg"
+                    # Chroma subsampling would average the coat's colour over two pixels, half a period.
+                    Image.fromarray(image).save(images / name, quality=95, subsampling=0)
                     names[split].append(name)
                     boxes.append((name, *(round(edge / size, 6) for edge in box)))
                     progress.update()
 
-    with open(lists / "dogs.csv", "w", newline="") as file:
+    with open(lists / "dogs.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("file", "left", "top", "right", "bottom"))
         writer.writerows(boxes)
@@ -223,31 +223,34 @@ def write_data_set(data_dir: Path, n_train: int, n_test: int, size: int, spread:
 
 
 def find_obstacle(data_dir: Path) -> str | None:
-    """Why a toy set must not or cannot be written into `data_dir`, or None."""
+    """Reason why a toy set cannot or must not be written to `data_dir`, or None."""
     images, lists = data_dir / "Images", data_dir / "lists"
     nearest = next(path for path in (images.absolute(), *images.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        return f"{nearest} is not a folder that can be written to"
+        return f"{nearest} is not a writable folder"
     foreign = sorted(path for path in images.glob("*") if path.is_dir() and path.name not in FOLDERS)
     if not (lists / "dogs.csv").exists():
         foreign += sorted(lists.glob("*.mat"))
-    return f"{data_dir} holds something else than toy dogs: {foreign[0]}" if foreign else None
+    return f"{data_dir} contains something other than toy dogs: {foreign[0]}" if foreign else None
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked; a mistake ends the program with one line and exit code 2."""
+    """Parse and check the command line; an error is reported in one line, with exit code 2."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    spread_help = "deviation of dogs' centres from the middle, in sides; drawn again until the dog fits"
-    parser.add_argument("--data_dir", type=Path, default=Path("data/toy"), help="folder to write")
-    parser.add_argument("--n_train", type=int, default=1600, help="training pictures, a multiple of 8")
-    parser.add_argument("--n_test", type=int, default=400, help="test pictures, a multiple of 8")
-    parser.add_argument("--size", type=int, default=128, help="side in pixels, 4 times that of a patch")
+    spread_help = (
+        "standard deviation of the dog's centre from the image centre, as a fraction of the image side; "
+        "resampled until the dog fits"
+    )
+    parser.add_argument("--data_dir", type=Path, default=Path("data/toy"), help="output folder")
+    parser.add_argument("--n_train", type=int, default=1600, help="number of training images, a multiple of 8")
+    parser.add_argument("--n_test", type=int, default=400, help="number of test images, a multiple of 8")
+    parser.add_argument("--size", type=int, default=128, help="image side in pixels, a multiple of 4, at least 64")
     parser.add_argument("--spread", type=float, default=0.2, help=spread_help)
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the images")
     args = parser.parse_args(argv)
     for name in ("n_train", "n_test"):
         if getattr(args, name) < 1 or getattr(args, name) % len(BREEDS):
@@ -263,16 +266,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def patch_size(size: int) -> int:
+    """The smallest multiple of 32, as pretrain.py requires, that is at least a quarter of the image side."""
+    return 32 * math.ceil(size / (4 * 32))
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Draws the set and says what was made."""
+    """Draw the set, and print what was drawn and the commands that train on it."""
     args = parse_args(argv)
     write_data_set(**vars(args))
     print(
-        f"Drew {args.n_train} training and {args.n_test} test pictures ({args.size} x {args.size}, "
+        f"Drew {args.n_train} training and {args.n_test} test images ({args.size} x {args.size}, "
         f"seed {args.seed}) of {len(BREEDS)} toy breeds into {args.data_dir}"
     )
-    folder = shlex.quote(str(args.data_dir))
-    print(f"next: python pretrain.py --data_dir {folder} --weights none --arch resnet18 --patch_size 32")
+    shared = (
+        f"--data_dir {shlex.quote(str(args.data_dir))} --save_dir {shlex.quote(str(args.data_dir / 'saved_models'))}"
+    )
+    optimization = "--batch_size 32 --lr 1e-3 --epochs 10"
+    backbone = f"--weights none --arch resnet18 --patch_size {patch_size(args.size)}"
+    print(f"next: python pretrain.py {shared} {backbone} {optimization}")
+    print(f"then: python main.py {shared} --k 1 --start_size 1 --rnn_hidden 256 {optimization}")
 
 
 if __name__ == "__main__":

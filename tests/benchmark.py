@@ -1,4 +1,4 @@
-"""How near the repository comes to what its backbone allows. Run by hand, on a CPU or a GPU.
+"""How near the repository comes to the speed of its backbone. Run by hand, on a CPU or a GPU.
 
 Each figure is a ratio of two things timed in turn in this run, the median of several rounds after a warm-up, on
 synthetic JPEGs of 500 x 375 and random weights, which take the same time as real ones. Let the machine be idle.
@@ -33,12 +33,12 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import reference
-from conftest import write_list
 
 import main
 import pretrain
 import utils
-from dataset import PictureDataset, make_loader, read_list
+from data.toy_dogs import write_list
+from dataset import ImageDataset, make_evaluation_loader, make_loader, read_list
 from glimpse import FULL_SCALE, STARTS, build_pyramid, canvas_size, extract_patches, normalize, patch_scales
 from model import PATCHES_PER_PASS, PretrainNetwork, RecurrentAttention, build_backbone
 
@@ -53,7 +53,7 @@ TIMES_FASTER = {"fp32": (1.2, 2.5, 3.2), "bf16": (2.5, 4.5, 6.5)}
 class Setting(NamedTuple):
     """What is measured, and on what."""
 
-    data_dir: Path  # of pictures to load
+    data_dir: Path  # of images to load
     machine: utils.Machine
     arch: str
     patch_size: int
@@ -119,26 +119,27 @@ def in_new_process(function: Callable[..., Any], *inputs: Any) -> Any:
 # --- what is measured
 
 
-def write_pictures(data_dir: Path, breed: str, n_train: int, n_test: int) -> None:
+def write_images(data_dir: Path, breed: str, n_train: int, n_test: int) -> None:
     """A data set of one breed of 500 x 375 JPEGs, which are as large as photographs: about 50 kB each."""
     rng = np.random.default_rng(0)
     folder = f"n00000001-{breed}"
     (data_dir / "Images" / folder).mkdir(parents=True)
+    (data_dir / "lists").mkdir()
     for split, count in (("train", n_train), ("test", n_test)):
         names = [f"{folder}/{split}_{i}.jpg" for i in range(count)]
         for name in names:
-            picture = np.zeros((375, 500, 3))
+            image = np.zeros((375, 500, 3))
             for side, weight in ((6, 0.6), (50, 0.25), (200, 0.15)):
                 coarse = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
-                picture += weight * np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC))
-            Image.fromarray(picture.astype(np.uint8)).save(data_dir / "Images" / name, quality=88)
+                image += weight * np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC))
+            Image.fromarray(image.astype(np.uint8)).save(data_dir / "Images" / name, quality=88)
         write_list(data_dir / "lists" / f"{split}_list.mat", names, [1] * count)
 
 
-def random_canvases(setting: Setting, n_pictures: int, start_size: int) -> torch.Tensor:
+def random_canvases(setting: Setting, n_images: int, start_size: int) -> torch.Tensor:
     """uint8 [N, 3, S, S] of noise."""
     side = canvas_size(setting.patch_size, start_size)
-    return torch.randint(0, 256, (n_pictures, 3, side, side), dtype=torch.uint8)
+    return torch.randint(0, 256, (n_images, 3, side, side), dtype=torch.uint8)
 
 
 def random_patches(setting: Setting, n_patches: int) -> torch.Tensor:
@@ -148,13 +149,10 @@ def random_patches(setting: Setting, n_patches: int) -> torch.Tensor:
 
 
 def make_classifier(setting: Setting, k: int, start_size: int, n_glimpses: int) -> RecurrentAttention:
-    """The network of main.py at its default sizes, with random weights."""
-    net = RecurrentAttention(
-        backbone=build_backbone(setting.arch),
-        n_classes=N_CLASSES,
-        patch_size=setting.patch_size,
-        **{**main.MODEL_DEFAULTS, "k": k, "start_size": start_size, "n_glimpses": n_glimpses},
-    )
+    """The network of main.py, of the default settings but for those given, with random weights."""
+    settings = main.Settings(k=k, start_size=start_size, n_glimpses=n_glimpses)
+    backbone = {"arch": setting.arch, "patch_size": setting.patch_size}
+    net = main.build_model(settings, backbone, N_CLASSES, setting.data_dir)
     return net.to(setting.machine.device, memory_format=torch.channels_last)
 
 
@@ -209,21 +207,21 @@ def make_step(
     if job == "test":
         return lambda: main.evaluate(net, loader, noise, "learned", machine, job), passes
     optimizer = utils.make_optimizer(*model.parameter_groups())
-    return lambda: main.train_one_epoch(net, loader, noise, "learned", "each", optimizer, machine, job), passes
+    return lambda: main.train_one_epoch(net, loader, noise, main.Settings(), optimizer, machine, job), passes
 
 
 def measure_loader(setting: Setting) -> list[Figure]:
     """The loader with one worker, over a bare loop of PIL."""
-    pictures, side = read_list(setting.data_dir, "train"), canvas_size(setting.patch_size, START_SIZE)
-    n_pictures = len(pictures.files)
-    loader = make_loader(pictures, range(n_pictures), canvas_size=side, batch_size=32, num_workers=1)
+    images, side = read_list(setting.data_dir, "train"), canvas_size(setting.patch_size, START_SIZE)
+    n_images = len(images.files)
+    loader = make_loader(images, range(n_images), canvas_size=side, batch_size=32, num_workers=1)
 
     def ours() -> None:
         for _ in loader:
             pass
 
     def bare() -> None:
-        for file in pictures.files:
+        for file in images.files:
             image = Image.open(file).convert("RGB")
             square = min(image.size)
             left, top = (image.width - square) // 2, (image.height - square) // 2
@@ -231,19 +229,17 @@ def measure_loader(setting: Setting) -> list[Figure]:
 
     rounds = in_turn(setting, ours, bare)
     value = median_ratio(rounds, lambda ours, bare: bare / ours)
-    return [
-        Figure("loader", "speed over a bare loop", value, ">= 0.9", milliseconds(rounds, "a picture", per=n_pictures))
-    ]
+    return [Figure("loader", "speed over a bare loop", value, ">= 0.9", milliseconds(rounds, "an image", per=n_images))]
 
 
 def measure_retina(setting: Setting) -> list[Figure]:
     """Pyramid and glimpses, over the backbone passes that they feed."""
-    n_pictures, scales = 64, patch_scales(K, START_SIZE)
-    canvas = random_canvases(setting, n_pictures, START_SIZE).to(setting.machine.device)
-    location = torch.rand(n_pictures, 1, 2, device=setting.machine.device) * 2 - 1
+    n_images, scales = 64, patch_scales(K, START_SIZE)
+    canvas = random_canvases(setting, n_images, START_SIZE).to(setting.machine.device)
+    location = torch.rand(n_images, 1, 2, device=setting.machine.device) * 2 - 1
     backbone = build_backbone(setting.arch).requires_grad_(False).eval()
     bare = utils.MixedPrecision(backbone.to(setting.machine.device, memory_format=torch.channels_last), setting.machine)
-    context, patches = random_patches(setting, n_pictures), random_patches(setting, n_pictures * K)
+    context, patches = random_patches(setting, n_images), random_patches(setting, n_images * K)
 
     def retina() -> None:
         pyramid = build_pyramid(canvas, scales, setting.patch_size)
@@ -256,7 +252,7 @@ def measure_retina(setting: Setting) -> list[Figure]:
 
     rounds = in_turn(setting, retina, passes)
     value = median_ratio(rounds, lambda retina, passes: retina / passes)
-    detail = milliseconds(rounds, "retina", "passes") + f" for {n_pictures} pictures"
+    detail = milliseconds(rounds, "retina", "passes") + f" for {n_images} images"
     return [Figure("retina", "time over the backbone's", value, "<= 0.05", detail)]
 
 
@@ -268,7 +264,7 @@ def measure_steps(setting: Setting) -> list[Figure]:
     machine, side = setting.machine, 8192 if setting.machine.gpus else 4096
     of_type = {"device": machine.device, "dtype": torch.bfloat16 if machine.precision == "bf16" else torch.float32}
     left, right = torch.randn(2, side, side, **of_type)
-    n_patches = {"pretrain": len(STARTS), "train": 1 + K, "test": 1 + K * (1 + N_TRAJECTORIES)}  # of a picture
+    n_patches = {"pretrain": len(STARTS), "train": 1 + K, "test": 1 + K * (1 + N_TRAJECTORIES)}  # of an image
     figures = []
     for job, batch_size in setting.batch_sizes.items():
         step, passes = make_step(setting, job, batch_size)
@@ -277,7 +273,7 @@ def measure_steps(setting: Setting) -> list[Figure]:
         n_operations = counter.get_total_flops()
         rounds = in_turn(setting, step, passes, lambda: left @ right)
         value = median_ratio(rounds, lambda step, passes, _: passes / step)
-        detail = milliseconds(rounds, "step", "passes") + f" for {batch_size} pictures"
+        detail = milliseconds(rounds, "step", "passes") + f" for {batch_size} images"
         figures.append(Figure(f"{job} step", "share of the backbone", value, ">= 0.90", detail))
         value = median_ratio(rounds, lambda step, _, product: product / step) * n_operations / (2 * side**3)
         speed = n_operations / statistics.median(times[0] for times in rounds) / 1e12
@@ -288,36 +284,36 @@ def measure_steps(setting: Setting) -> list[Figure]:
 
 def measure_end_to_end(setting: Setting) -> list[Figure]:
     """An epoch of main.py from files, over the longer of loading and computing alone."""
-    machine, pictures = setting.machine, read_list(setting.data_dir, "train")
-    side, n_pictures = canvas_size(setting.patch_size, START_SIZE), len(pictures.files)
+    machine, images = setting.machine, read_list(setting.data_dir, "train")
+    side, n_images = canvas_size(setting.patch_size, START_SIZE), len(images.files)
     num_workers = min(utils.available_cores(), 16)
-    loader = make_loader(pictures, range(n_pictures), canvas_size=side, **machine.loading(32, num_workers))
+    loader = make_evaluation_loader(images, canvas_size=side, **machine.loading(32, num_workers))
     in_memory = DataLoader(TensorDataset(*map(torch.cat, zip(*loader))), batch_size=32)
     model = make_classifier(setting, K, START_SIZE, 1)
     net, optimizer = utils.wrap(model, machine), utils.make_optimizer(*model.parameter_groups())
-    noise = torch.randn(n_pictures, 1, 1, 2)
+    noise = torch.randn(n_images, 1, 1, 2)
 
     def load() -> None:
         for _ in loader:
             pass
 
     def train(source: DataLoader) -> None:
-        main.train_one_epoch(net, source, noise, "learned", "each", optimizer, machine, "epoch")
+        main.train_one_epoch(net, source, noise, main.Settings(), optimizer, machine, "epoch")
 
     rounds = in_turn(setting, lambda: train(loader), load, lambda: train(in_memory))
     value = median_ratio(rounds, lambda epoch, load, compute: epoch / max(load, compute))
-    detail = milliseconds(rounds, "epoch", "loading", "computing") + f" for {n_pictures} pictures"
+    detail = milliseconds(rounds, "epoch", "loading", "computing") + f" for {n_images} images"
     return [Figure("end to end", "epoch over its longer half", value, "<= 1.1", detail)]
 
 
 def measure_reference(setting: Setting) -> list[Figure]:
     """The retina made with PIL, over ours, for one glimpse and the context."""
-    pictures, side = read_list(setting.data_dir, "test"), canvas_size(setting.patch_size, START_SIZE)
-    n_pictures, scales = len(pictures.files), patch_scales(K, START_SIZE)
-    location = torch.rand(n_pictures, 1, 2) * 2 - 1
-    dataset = PictureDataset(pictures, side)
+    images, side = read_list(setting.data_dir, "test"), canvas_size(setting.patch_size, START_SIZE)
+    n_images, scales = len(images.files), patch_scales(K, START_SIZE)
+    location = torch.rand(n_images, 1, 2) * 2 - 1
+    dataset = ImageDataset(images, side)
     loaded = torch.stack([canvas for canvas, *_ in dataset])
-    images = [Image.fromarray(canvas.permute(1, 2, 0).numpy()) for canvas in loaded]
+    opened = [Image.fromarray(canvas.permute(1, 2, 0).numpy()) for canvas in loaded]
 
     def ours(canvas: torch.Tensor) -> None:
         pyramid = build_pyramid(canvas.to(setting.machine.device), scales, setting.patch_size)
@@ -333,11 +329,11 @@ def measure_reference(setting: Setting) -> list[Figure]:
         ours(torch.stack([canvas for canvas, *_ in dataset]))
 
     def theirs_from_files() -> None:
-        for file, place in zip(pictures.files, location[:, 0].tolist()):
+        for file, place in zip(images.files, location[:, 0].tolist()):
             theirs(Image.open(file).convert("RGB").resize((side, side), Image.Resampling.BILINEAR), *place)
 
     def theirs_from_memory() -> None:
-        for image, place in zip(images, location[:, 0].tolist()):
+        for image, place in zip(opened, location[:, 0].tolist()):
             theirs(image, *place)
 
     figures = []
@@ -346,7 +342,7 @@ def measure_reference(setting: Setting) -> list[Figure]:
         ("the same, with decoding", (ours_from_files, theirs_from_files)),
     ):
         rounds = in_turn(setting, *functions)
-        detail = milliseconds(rounds, "ours", "PIL", per=n_pictures) + " a picture"
+        detail = milliseconds(rounds, "ours", "PIL", per=n_images) + " an image"
         figures.append(Figure("reference", what, median_ratio(rounds, lambda ours, pil: pil / ours), "", detail))
     return figures
 
@@ -381,12 +377,12 @@ def run_job_of_2018(script: Path, flags: list[str], folder: Path, machine: utils
 def measure_epochs(setting: Setting) -> Iterator[Figure]:
     """Three jobs, against the times that they take by the 2018 code: on this machine, given a clone of it."""
     folder = setting.data_dir.parent
-    write_pictures(folder / "pretrain", "pretrained", 128 + 64, 1)
-    write_pictures(folder / "train", "trained", 128 + 19, 64)
+    write_images(folder / "pretrain", "pretrained", 128 + 64, 1)
+    write_images(folder / "train", "trained", 128 + 19, 64)
     save_dir, precision = ["--save_dir", str(folder / "saved")], setting.machine.precision
     shared = [*save_dir, "--precision", precision, "--device", setting.machine.device.type]
     backbone = ["--arch", setting.arch, "--patch_size", str(setting.patch_size), "--weights", "none"]
-    once = [*shared, "--batch_size", "16", "--epochs", "1"]
+    once = [*shared, "--batch_size", "16", "--epochs", "1", "--overwrite"]  # the files of an earlier round
     pretrain_data, train_data = (["--data_dir", str(folder / name)] for name in ("pretrain", "train"))
     jobs = (
         ("pretrain", [*once, *pretrain_data, *backbone, "--valid_size", str(64 / 192)]),
@@ -394,7 +390,7 @@ def measure_epochs(setting: Setting) -> Iterator[Figure]:
         ("main", [*shared, *train_data, "--task=test", "--batch_size", "16"]),
     )
     folder_of_2018 = folder / "2018"
-    write_pictures(folder_of_2018 / "data" / "Original", "of_2018", 128, 64)
+    write_images(folder_of_2018 / "data" / "Original", "of_2018", 128, 64)
     once_of_2018 = ["--batch_size", "16", "--epochs", "1", "--num_workers", "2"]
     jobs_of_2018 = (
         ("pretrain.py", once_of_2018),
@@ -477,7 +473,7 @@ PARTS = {
 def benchmark(argv: list[str] | None = None) -> None:
     """Measure, print the table, write the numbers."""
     args = parse_args(argv)
-    gpus = [0] if args.device != "cpu" and torch.cuda.device_count() else None
+    gpus = "0" if args.device != "cpu" and torch.cuda.device_count() else ""
     machine = utils.set_up_machine(args.device, gpus, args.precision)
     batch_sizes = {"pretrain": 16, "train": 128, "test": 16}
     if machine.gpus:
@@ -491,7 +487,7 @@ def benchmark(argv: list[str] | None = None) -> None:
     figures = []
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(
-            data_dir=Path(folder) / "pictures",
+            data_dir=Path(folder) / "images",
             machine=machine,
             arch=args.arch,
             patch_size=args.patch_size,
@@ -499,7 +495,7 @@ def benchmark(argv: list[str] | None = None) -> None:
             batch_sizes=batch_sizes,
             clone_of_2018=args.clone_of_2018 and args.clone_of_2018.resolve(),
         )
-        write_pictures(setting.data_dir, "timed", 128, 64)
+        write_images(setting.data_dir, "timed", 128, 64)
         for figure in itertools.chain.from_iterable(PARTS[part](setting) for part in args.parts):
             figures.append(figure._asdict())
             print(f"| {' | '.join(f'{v:.3g}' if isinstance(v, float) else v for v in figure)} |", flush=True)

@@ -1,4 +1,4 @@
-"""Synthetic pictures in the official layout, and small networks, for all tests."""
+"""Synthetic images in the official layout, and small networks, for all tests."""
 
 import csv
 import importlib
@@ -7,9 +7,12 @@ import os
 import resource
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
+from dataclasses import fields
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,13 +23,12 @@ from torch import nn
 from torchvision.models._api import register_model
 from torchvision.models.resnet import BasicBlock, ResNet
 
-import dataset
-import pretrain
+import model
 import utils
 from model import RecurrentAttention, build_backbone
 
 N_CLASSES = 3
-ARCH = "narrow"  # what the scripts do with a backbone does not hang on its width, but how long it takes does
+ARCH = "narrow"  # the width of a backbone matters to the time of a test, not to what the scripts do with it
 SMALL = ["--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--precision", "fp32", "--valid_size", "0.3"]
 BACKBONE = ["--arch", ARCH, "--patch_size", "32", "--weights", "none"]
 
@@ -47,12 +49,48 @@ def narrow(weights: None = None) -> NarrowResNet:
     return NarrowResNet(BasicBlock, [2, 2, 2, 2])
 
 
-pretrain.ARCHITECTURES = (*pretrain.ARCHITECTURES, ARCH)
+model.ARCHITECTURES.append(ARCH)
 
 
 def save_backbone(path: Path, arch: str = ARCH) -> None:
-    """A backbone for 32-pixel patches, as pretrain.py leaves it."""
-    torch.save({"model_dict": build_backbone(arch).state_dict(), "arch": arch, "patch_size": 32}, path)
+    """A backbone for 32-pixel patches, as pretrain.py saves it."""
+    settings = {"arch": arch, "patch_size": 32}
+    torch.save({"model_dict": build_backbone(arch).state_dict(), "settings": settings}, path)
+
+
+# --- runs
+
+
+def fit(script: ModuleType, argv: list[str]) -> list[str]:
+    """Of these flags, those that have an effect on the task among them."""
+    tasks = {field.name: field.metadata["tasks"] for field in fields(script.Settings)}
+    flags: list[list[str]] = []
+    for word in argv:
+        if word.startswith("--"):
+            flags.append([])
+        flags[-1].append(word)
+    names = [words[0][2:].partition("=")[0] for words in flags]
+    given = [words[-1].removeprefix("--task=") for name, words in zip(names, flags) if name == "task"]
+    task = given[-1] if given else "train"
+    kept = [words for name, words in zip(names, flags) if task in (tasks.get(name) or [task])]
+    return [word for words in kept for word in words]
+
+
+def run(script: ModuleType, argv: list[str]) -> None:
+    """Run a script with those of the flags that have an effect on its task."""
+    script.main(fit(script, argv))
+
+
+def fails(script: ModuleType, argv: list[str]) -> str:
+    """The one line with which a script refuses what it was given."""
+    with pytest.raises(SystemExit) as stop:
+        utils.run(lambda: run(script, argv))
+    error: BaseException | None = stop.value
+    while error:  # the frames keep loaders alive, whose workers the garbage collector would wait for
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code, stop.value.code
+    return stop.value.code
 
 
 # --- processes
@@ -75,7 +113,8 @@ def run_script(
     os.environ.update(environment)
     multiprocessing.set_start_method(None, force=True)  # of the script's own workers, which would be the server's
     torch.set_num_threads(1)
-    utils.run(lambda: importlib.import_module(script).main(argv), dataset.DataError)
+    module = importlib.import_module(script)
+    utils.run(lambda: module.main(fit(module, argv)))
 
 
 def start(
@@ -112,7 +151,7 @@ def read(path: Path) -> dict:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -127,12 +166,11 @@ def same(ours: object, theirs: object) -> bool:
     return ours == theirs
 
 
-def fails(script: Callable[[list[str]], None], argv: list[str]) -> str:
-    """The one line with which a script refuses what it was given."""
-    with pytest.raises(SystemExit) as stop:
-        utils.run(lambda: script(argv), dataset.DataError)
-    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code, stop.value.code
-    return stop.value.code
+def without_seconds(content: object) -> object:
+    """The rows of a log or the content of a checkpoint, without the measured time, which differs between equal runs."""
+    if isinstance(content, dict):
+        return {key: without_seconds(value) for key, value in content.items() if key != "seconds"}
+    return [without_seconds(row) for row in content] if isinstance(content, list) else content
 
 
 # --- fixtures
@@ -143,8 +181,8 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def draw_picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A smooth colourful picture with some structure, so that crops at different places differ."""
+def draw_image(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """A smooth colourful image with some structure, so that crops at different places differ."""
     coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -159,21 +197,21 @@ def write_list(path: Path, names: list[str], labels: list[int]) -> None:
 
 @pytest.fixture
 def make_data(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a data folder with n_train and n_test pictures of each class, and returns it."""
+    """Writes a data folder with n_train and n_test images of each class, and returns it."""
 
     def make(n_train: int = 6, n_test: int = 3, n_classes: int = N_CLASSES) -> Path:
         rng = np.random.default_rng(0)
         data_dir = tmp_path / "dogs"
-        for split, n_pictures in (("train", n_train), ("test", n_test)):
+        for split, n_images in (("train", n_train), ("test", n_test)):
             names, labels = [], []
             for label in range(1, n_classes + 1):
                 folder = f"n{label:08d}-toy_breed_{label}"
                 (data_dir / "Images" / folder).mkdir(parents=True, exist_ok=True)
-                for i in range(n_pictures):
+                for i in range(n_images):
                     names.append(f"{folder}/{split}_{i}.jpg")
                     labels.append(label)
                     width, height = (60, 48) if i % 2 else (44, 64)
-                    draw_picture(rng, width, height).save(data_dir / "Images" / names[-1], quality=95)
+                    draw_image(rng, width, height).save(data_dir / "Images" / names[-1], quality=95)
             write_list(data_dir / "lists" / f"{split}_list.mat", names, labels)
         return data_dir
 

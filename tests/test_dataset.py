@@ -1,4 +1,4 @@
-"""Lists, the split, pictures of every kind, and what the loaders deliver."""
+"""Lists, the split, images of every kind, and what the loaders deliver."""
 
 import random
 from collections import Counter
@@ -7,29 +7,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import draw_picture, write_list
+from conftest import draw_image, write_list
 from PIL import Image
 
 import dataset
-from dataset import DataError, PictureList, TrainSampler, make_loader, read_list, split_list
+from dataset import ImageList, TrainSampler, make_loader, read_list, split_list
 from glimpse import build_pyramid, extract_patches
+from utils import UserError
 
 WHOLE = 2**14  # a canvas so large that no JPEG is decoded at less than its size
 
 
 def load(path: Path, size: int = 32, decoded_for: int = WHOLE) -> np.ndarray:
-    return dataset.crop_to_canvas(dataset.read_picture(path, decoded_for), size).permute(1, 2, 0).numpy()
+    return dataset.crop_to_canvas(dataset.read_image(path, decoded_for), size).permute(1, 2, 0).numpy()
 
 
 def test_list_in_the_official_format(make_data) -> None:
-    pictures = read_list(make_data(n_train=4, n_classes=3), "train")
-    assert len(pictures.files) == 12 and pictures.labels == [0] * 4 + [1] * 4 + [2] * 4
-    assert pictures.class_names == ["toy breed 1", "toy breed 2", "toy breed 3"]
+    images = read_list(make_data(n_train=4, n_classes=3), "train")
+    assert len(images.files) == 12 and images.labels == [0] * 4 + [1] * 4 + [2] * 4
+    assert images.class_names == ["toy breed 1", "toy breed 2", "toy breed 3"]
 
 
 def test_split_is_stratified_seeded_and_disjoint() -> None:
     labels = [label for label in range(120) for _ in range(100)]
-    official = PictureList([Path(str(i)) for i in range(12_000)], labels, [str(label) for label in range(120)])
+    official = ImageList([Path(str(i)) for i in range(12_000)], labels, [str(label) for label in range(120)])
     train, valid = split_list(official, 0.1, seed=0)
     assert len(train.files) == 10_800 and len(valid.files) == 1_200
     assert set(Counter(valid.labels).values()) == {10} and not set(train.files) & set(valid.files)
@@ -38,16 +39,16 @@ def test_split_is_stratified_seeded_and_disjoint() -> None:
     assert all(official.labels[int(str(file))] == label for file, label in zip(valid.files, valid.labels))
 
 
-def test_split_keeps_one_picture_of_each_class_on_either_side() -> None:
+def test_both_parts_of_a_split_have_an_image_of_each_class() -> None:
     for fraction in (0.01, 0.99):
-        train, valid = split_list(PictureList([Path(str(i)) for i in range(4)], [0, 0, 1, 1], ["a", "b"]), fraction, 0)
+        train, valid = split_list(ImageList([Path(str(i)) for i in range(4)], [0, 0, 1, 1], ["a", "b"]), fraction, 0)
         assert sorted(train.labels) == sorted(valid.labels) == [0, 1]
-    with pytest.raises(DataError, match="class b has 1 picture to divide"):
-        split_list(PictureList([Path(str(i)) for i in range(3)], [0, 0, 1], ["a", "b"]), 0.5, 0)
+    with pytest.raises(UserError, match="class b has 1 image: .* it needs at least two"):
+        split_list(ImageList([Path(str(i)) for i in range(3)], [0, 0, 1], ["a", "b"]), 0.5, 0)
 
 
 def test_missing_folder_names_both_scripts(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"python data/stanford_dogs.py.*python data/toy_dogs.py"):
+    with pytest.raises(UserError, match=r"python data/stanford_dogs.py.*python data/toy_dogs.py"):
         read_list(tmp_path / "nowhere", "train")
 
 
@@ -64,28 +65,28 @@ def test_missing_and_broken_lists(make_data) -> None:
         ((["../x.jpg", *names[1:]], [1, 2, 3]), "not <breed folder>/<file>"),
     ):
         write_list(path, *broken)
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(UserError, match=message):
             read_list(data_dir, "train")
     for content in (b"", b"no list", b"MATLAB 5.0 MAT-file" + bytes(200)):
         path.write_bytes(content)
-        with pytest.raises(DataError, match="train_list.mat cannot be read"):
+        with pytest.raises(UserError, match="train_list.mat cannot be read"):
             read_list(data_dir, "train")
     path.unlink()
-    with pytest.raises(DataError, match="train_list.mat not found"):
+    with pytest.raises(UserError, match="train_list.mat not found"):
         read_list(data_dir, "train")
 
 
-def test_missing_pictures_are_counted_and_named(make_data) -> None:
+def test_missing_images_are_counted_and_named(make_data) -> None:
     data_dir = make_data(n_train=6)
     for i in range(5):
         next((data_dir / "Images").glob(f"*1/train_{i}.jpg")).unlink()
-    with pytest.raises(DataError, match=r"^5 of the 18 .*train_0.jpg, .*train_1.jpg, .*train_2.jpg, \.\.\.$"):
+    with pytest.raises(UserError, match=r"^5 of the 18 .*train_0.jpg, .*train_1.jpg, .*train_2.jpg, \.\.\.$"):
         read_list(data_dir, "train")
 
 
-def test_unusual_modes_come_out_as_the_rgb_picture_they_show(tmp_path: Path) -> None:
-    picture = draw_picture(np.random.default_rng(0), 40, 40)
-    expected, grey = np.array(picture), np.array(picture.convert("L"))
+def test_unusual_modes_are_converted_to_rgb(tmp_path: Path) -> None:
+    image = draw_image(np.random.default_rng(0), 40, 40)
+    expected, grey = np.array(image), np.array(image.convert("L"))
 
     def check(name: str, image: Image.Image, wanted: np.ndarray, tolerance: float, **options: object) -> None:
         image.save(tmp_path / name, **options)
@@ -93,33 +94,30 @@ def test_unusual_modes_come_out_as_the_rgb_picture_they_show(tmp_path: Path) -> 
         assert error <= tolerance, f"{name} is {error:.1f} of 255 off"
 
     grey_rgb = np.repeat(grey[..., None], 3, axis=2)
-    check("rgb.png", picture, expected, 0)
-    check("rgb.jpg", picture, expected, 3, quality=95)
-    check("grey.png", picture.convert("L"), grey_rgb, 0)
+    check("rgb.png", image, expected, 0)
+    check("rgb.jpg", image, expected, 3, quality=95)
+    check("grey.png", image.convert("L"), grey_rgb, 0)
     check(
-        "black_and_white.png",
-        picture.convert("1"),
-        np.repeat(np.array(picture.convert("1"))[..., None] * 255.0, 3, 2),
-        0,
+        "black_and_white.png", image.convert("1"), np.repeat(np.array(image.convert("1"))[..., None] * 255.0, 3, 2), 0
     )
     check("grey16.png", Image.fromarray(grey.astype(np.uint16) * 257), grey_rgb, 1)
     check("grey16.tif", Image.fromarray(grey.astype(np.uint16) * 257), grey_rgb, 1)
-    check("cmyk.jpg", picture.convert("CMYK"), expected, 4, quality=95)
-    check("palette.png", picture.quantize(256), np.array(picture.quantize(256).convert("RGB")), 0)
+    check("cmyk.jpg", image.convert("CMYK"), expected, 4, quality=95)
+    check("palette.png", image.quantize(256), np.array(image.quantize(256).convert("RGB")), 0)
     alpha = Image.fromarray(np.tile(np.repeat([0, 255], 20).astype(np.uint8), (40, 1)))
     on_white = np.where(np.array(alpha)[..., None] == 255, expected, 255)
-    translucent = picture.copy()
+    translucent = image.copy()
     translucent.putalpha(alpha)
     check("alpha.png", translucent, on_white, 0)
     check("grey_alpha.png", translucent.convert("LA"), np.where(np.array(alpha)[..., None] == 255, grey_rgb, 255), 0)
-    palette = picture.quantize(200)
+    palette = image.quantize(200)
     wanted = np.where(np.array(palette)[..., None] == 7, 255, np.array(palette.convert("RGB")))
     check("palette_alpha.png", palette, wanted, 0, transparency=7)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
-    upright = draw_picture(np.random.default_rng(1), 40, 40)
+    upright = draw_image(np.random.default_rng(1), 40, 40)
     back = {2: (0,), 3: (3,), 4: (1,), 5: (5,), 6: (2,), 7: (6,), 8: (4,)}  # Pillow's transpositions, undone by EXIF's
     stored = upright
     for step in back.get(orientation, ()):
@@ -130,15 +128,15 @@ def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
     assert (load(tmp_path / "photo.png", 40) == np.array(upright)).all()
 
 
-def test_unreadable_pictures_are_named(tmp_path: Path) -> None:
+def test_unreadable_images_are_named(tmp_path: Path) -> None:
     good = tmp_path / "good.jpg"
-    draw_picture(np.random.default_rng(0), 64, 64).save(good)
+    draw_image(np.random.default_rng(0), 64, 64).save(good)
     for name, content in (("empty.jpg", b""), ("text.jpg", b"hello"), ("cut.jpg", good.read_bytes()[:400])):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=f"{name} cannot be read"):
-            dataset.read_picture(tmp_path / name, 32)
-    with pytest.raises(DataError, match="gone.jpg not found"):
-        dataset.read_picture(tmp_path / "gone.jpg", 32)
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            dataset.read_image(tmp_path / name, 32)
+    with pytest.raises(UserError, match="gone.jpg not found"):
+        dataset.read_image(tmp_path / "gone.jpg", 32)
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -146,10 +144,10 @@ def test_large_jpegs_are_decoded_at_less_than_their_size(tmp_path: Path, orienta
     path = tmp_path / "photo.jpg"
     exif = Image.Exif()
     exif[0x0112] = orientation
-    draw_picture(np.random.default_rng(0), 500, 375).save(path, quality=95, exif=exif)
+    draw_image(np.random.default_rng(0), 500, 375).save(path, quality=95, exif=exif)
     turned = (lambda width, height: (height, width)) if orientation == 6 else (lambda *size: size)
     for size, decoded in ((40, (63, 47)), (96, (250, 188)), (187, (250, 188)), (188, (500, 375))):
-        assert dataset.read_picture(path, size).size == turned(*decoded)
+        assert dataset.read_image(path, size).size == turned(*decoded)
     for size in (40, 96):
         assert abs(load(path, size, decoded_for=size).astype(int) - load(path, size)).mean() < 3
 
@@ -157,7 +155,7 @@ def test_large_jpegs_are_decoded_at_less_than_their_size(tmp_path: Path, orienta
 @pytest.mark.parametrize("size", [(500, 375), (90, 240), (50, 50), (64, 63)])
 def test_canvas_is_what_pillow_makes_of_the_square(size: tuple[int, int]) -> None:
     """Nothing from outside the square, and the same antialiased filter, shrinking and growing."""
-    image = draw_picture(np.random.default_rng(0), *size)
+    image = draw_image(np.random.default_rng(0), *size)
     image = Image.blend(image, Image.effect_noise(size, 90).convert("RGB"), 0.5)
     side = min(size)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
@@ -168,10 +166,11 @@ def test_canvas_is_what_pillow_makes_of_the_square(size: tuple[int, int]) -> Non
         assert abs(ours - theirs).max() <= 1
 
 
-def test_crops_are_square_inside_and_both_ways(tmp_path: Path) -> None:
+def test_random_crops_lie_inside_the_image_and_half_are_flipped(tmp_path: Path) -> None:
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (50, 1, 3)))  # a pixel names its x
-    centre = dataset.crop_to_canvas(ramp, 50)
-    assert centre.shape == (3, 50, 50) and centre.dtype == torch.uint8 and centre[0, 0, [0, -1]].tolist() == [75, 124]
+    central = dataset.crop_to_canvas(ramp, 50)
+    assert central.shape == (3, 50, 50) and central.dtype == torch.uint8
+    assert central[0, 0, [0, -1]].tolist() == [75, 124]
     starts, mirrored = [], []
     for seed in range(200):
         row = dataset.crop_to_canvas(ramp, 50, random.Random(seed))[0, 0].int()
@@ -185,37 +184,36 @@ def test_crops_are_square_inside_and_both_ways(tmp_path: Path) -> None:
 
 
 def test_full_size_glimpse_is_the_context_after_any_augmentation(make_data) -> None:
-    """The 2018 code paired a mirrored context with glimpses of the file as it was, from another window."""
-    pictures = read_list(make_data(), "train")
-    loader = make_loader(pictures, TrainSampler(len(pictures.files), 0), canvas_size=128, batch_size=18, num_workers=0)
+    """The 2018 code paired a flipped context with glimpses of the unflipped image, from another crop."""
+    images = read_list(make_data(), "train")
+    loader = make_loader(images, TrainSampler(len(images.files), 0), canvas_size=128, batch_size=18, num_workers=0)
     canvas, *_ = next(iter(loader))
     pyramid = build_pyramid(canvas, (1, 2, 4), 32)
     glimpses = extract_patches(pyramid, torch.zeros(18, 1, 2), (1, 2, 4), 32)[:, 0]
     context = pyramid[4][:, :, 16:-16, 16:-16]
     assert torch.equal(glimpses[:, 2], context)
     finer = torch.nn.functional.interpolate(glimpses[:, 1], size=(16, 16), mode="bilinear", antialias=True)
-    assert (
-        finer - context[:, :, 8:24, 8:24]
-    ).abs().mean() < 2 / 255  # the close-up shows the middle of the same picture
+    # The finer patch shows the middle of the same image.
+    assert (finer - context[:, :, 8:24, 8:24]).abs().mean() < 2 / 255
 
 
-def test_each_picture_is_opened_once(make_data, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The 2018 code opened a file once for the context and once for each glimpse."""
-    pictures = read_list(make_data(), "train")
+def test_each_image_is_opened_once(make_data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 2018 code opened a file once for the context and once more for each glimpse."""
+    images = read_list(make_data(), "train")
     opened = []
     real = Image.open
     monkeypatch.setattr(Image, "open", lambda path, *rest: opened.append(path) or real(path, *rest))
-    sampler = TrainSampler(len(pictures.files), 0)
-    for _ in make_loader(pictures, sampler, canvas_size=32, batch_size=4, num_workers=0):
+    sampler = TrainSampler(len(images.files), 0)
+    for _ in make_loader(images, sampler, canvas_size=32, batch_size=4, num_workers=0):
         pass
-    assert sorted(opened) == sorted(pictures.files)
+    assert sorted(opened) == sorted(images.files)
 
 
-def test_workers_that_outlive_an_epoch_see_the_next_one(make_data) -> None:
+def test_persistent_workers_learn_of_the_next_epoch(make_data) -> None:
     """Persistent workers keep their copy of the dataset, so the epoch must travel with the keys."""
-    keywords = {"seed": 0, "rank": 0, "world_size": 1, "drop_last": False, "canvas_size": 32, "batch_size": 4}
-    lists = split_list(read_list(make_data(), "train"), 0.3)
-    loaders = [dataset.make_training_loaders(*lists, num_workers=workers, **keywords)[0] for workers in (0, 1)]
+    keywords = {"seed": 0, "rank": 0, "world_size": 1, "canvas_size": 32, "batch_size": 4}
+    images = read_list(make_data(), "train")
+    loaders = [dataset.make_training_loader(images, num_workers=workers, **keywords) for workers in (0, 1)]
     epochs = []
     for number in range(2):
         for loader in loaders:
@@ -226,48 +224,69 @@ def test_workers_that_outlive_an_epoch_see_the_next_one(make_data) -> None:
     assert not torch.equal(*epochs)
 
 
-def test_validation_pictures_are_middle_crops_in_order(make_data) -> None:
-    """In 2018 even the pictures that chose the epoch were randomly cropped."""
-    train, valid = split_list(read_list(make_data(), "train"), 0.3)
-    keywords = {"seed": 0, "drop_last": False, "canvas_size": 32, "batch_size": 4, "num_workers": 0}
-    _, loader = dataset.make_training_loaders(train, valid, rank=0, world_size=1, **keywords)
-    canvas = torch.cat([canvas for canvas, *_ in loader])
-    assert dataset.describe_data(train, valid)["validation pictures"] == len(valid.files) == 6
-    expected = [dataset.crop_to_canvas(dataset.read_picture(file, 32), 32) for file in valid.files]
+def test_validation_images_are_central_crops_in_order(make_data) -> None:
+    """The 2018 code cropped even the validation images at random."""
+    _, valid, _ = dataset.read_training_lists(make_data(), 0.3)
+
+    def read_shard(rank: int, world_size: int) -> torch.Tensor:
+        keywords = {"canvas_size": 32, "batch_size": 4, "num_workers": 0}
+        loader = dataset.make_evaluation_loader(valid, rank=rank, world_size=world_size, **keywords)
+        return torch.cat([canvas for canvas, *_ in loader])
+
+    canvas = read_shard(0, 1)
+    assert len(canvas) == len(valid.files) == 6
+    expected = [dataset.crop_to_canvas(dataset.read_image(file, 32), 32) for file in valid.files]
     assert torch.equal(canvas, torch.stack(expected))
-    shares = [dataset.make_training_loaders(train, valid, rank=r, world_size=4, **keywords)[1] for r in range(4)]
-    parts = [torch.cat([canvas for canvas, *_ in share]) for share in shares]
-    assert [len(part) for part in parts] == [2, 2, 1, 1] and torch.equal(parts[1], canvas[1::4])
+    shards = [read_shard(rank, 4) for rank in range(4)]
+    assert [len(shard) for shard in shards] == [2, 2, 1, 1] and torch.equal(shards[1], canvas[1::4])
+    with pytest.raises(UserError, match="more processes than images"):
+        read_shard(6, 7)
+
+
+def test_data_are_described_by_classes_numbers_and_digests(make_data) -> None:
+    """The digests depend on names and labels of the images, not on the data folder or the order."""
+    train, valid, data = dataset.read_training_lists(make_data(), 0.3)
+    assert data["class_names"] == ["toy breed 1", "toy breed 2", "toy breed 3"]
+    assert (data["training_images"], data["validation_images"]) == (12, 6)
+
+    def digest(files: list[Path], labels: list[int]) -> str:
+        return dataset.describe_data(train, valid._replace(files=files, labels=labels))["validation_list"]
+
+    assert digest(valid.files[::-1], valid.labels[::-1]) == data["validation_list"] != data["training_list"]
+    elsewhere = [Path("elsewhere", *file.parts[-2:]) for file in valid.files]
+    assert digest(elsewhere, valid.labels) == data["validation_list"]
+    assert digest([*valid.files[:-1], train.files[-1]], valid.labels) != data["validation_list"]
+    assert digest(valid.files, [1, *valid.labels[1:]]) != data["validation_list"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_epoch_depends_on_seed_and_epoch_alone(make_data, num_workers: int) -> None:
-    pictures = read_list(make_data(), "train")
+    images = read_list(make_data(), "train")
 
     def epoch(seed: int, number: int, workers: int) -> tuple[torch.Tensor, list[int]]:
-        sampler = TrainSampler(len(pictures.files), seed)
-        loader = make_loader(pictures, sampler, canvas_size=32, batch_size=4, num_workers=workers)
+        sampler = TrainSampler(len(images.files), seed)
+        loader = make_loader(images, sampler, canvas_size=32, batch_size=4, num_workers=workers)
         sampler.epoch = number
-        torch.rand(number + 1)  # whatever else draws from the global state
+        torch.rand(number + 1)  # other code may draw from the global state
         batches = list(loader)
         return torch.cat([canvas for canvas, *_ in batches]), torch.cat([labels for _, labels, _ in batches]).tolist()
 
     canvas, labels = epoch(0, 1, num_workers)
-    assert torch.equal(canvas, epoch(0, 1, 0)[0]) and sorted(labels) == sorted(pictures.labels)
+    assert torch.equal(canvas, epoch(0, 1, 0)[0]) and sorted(labels) == sorted(images.labels)
     assert not torch.equal(canvas, epoch(0, 2, 0)[0]) and not torch.equal(canvas, epoch(1, 1, 0)[0])
 
 
-def test_processes_share_out_the_same_batches() -> None:
+def test_shards_of_processes_form_the_same_batches() -> None:
     whole = list(TrainSampler(11, seed=3))
-    shares = [list(TrainSampler(11, seed=3, rank=rank, world_size=2)) for rank in range(2)]
-    assert [len(share) for share in shares] == [5, 5]
-    assert set(shares[0][:2] + shares[1][:2]) == set(whole[:4])  # two batches of 2 are the batch of 4
-    assert len(set(shares[0] + shares[1])) == 10
+    shards = [list(TrainSampler(11, seed=3, rank=rank, world_size=2)) for rank in range(2)]
+    assert [len(shard) for shard in shards] == [5, 5]
+    assert set(shards[0][:2] + shards[1][:2]) == set(whole[:4])  # two batches of 2 are the batch of 4
+    assert len(set(shards[0] + shards[1])) == 10
 
 
 def test_short_lists_still_make_a_batch(make_data) -> None:
-    pictures = read_list(make_data(n_train=2, n_classes=2), "train")
-    batches = list(make_loader(pictures, range(4), canvas_size=32, batch_size=9, num_workers=0, drop_last=True))
+    images = read_list(make_data(n_train=2, n_classes=2), "train")
+    batches = list(make_loader(images, range(4), canvas_size=32, batch_size=9, num_workers=0, drop_last=True))
     assert [len(labels) for _, labels, _ in batches] == [4]
-    batches = list(make_loader(pictures, range(4), canvas_size=32, batch_size=3, num_workers=0))
+    batches = list(make_loader(images, range(4), canvas_size=32, batch_size=3, num_workers=0))
     assert [len(labels) for _, labels, _ in batches] == [3, 1]

@@ -1,40 +1,41 @@
 """Geometry and pixels against the PIL reference."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 import reference
 import torch
-from conftest import draw_picture
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 import glimpse
 
 PAIRS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 4)]  # every valid (k, start_size)
-PLACES = [(0.0, 0.0), (-1.0, -1.0), (1.0, -1.0), (-1.0, 1.0), (1.0, 1.0), (0.97, 0.1), (-0.3, -0.99)]
+LOCATIONS = [(0.0, 0.0), (-1.0, -1.0), (1.0, -1.0), (-1.0, 1.0), (1.0, 1.0), (0.97, 0.1), (-0.3, -0.99)]
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def natural_picture(side: int, seed: int = 0) -> Image.Image:
-    """Smooth colours with hard edges in front, as photographs have them."""
+def natural_image(side: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with hard-edged discs in front, like a photograph."""
     rng = np.random.default_rng(seed)
-    picture = draw_picture(rng, side, side)
-    draw = ImageDraw.Draw(picture)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    image = coarse.resize((side, side), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
     for _ in range(12):
         x, y, radius = rng.integers(0, side), rng.integers(0, side), rng.integers(side // 20, side // 6)
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=tuple(rng.integers(0, 256, 3).tolist()))
-    return picture
+    return image
 
 
-def extract(picture: Image.Image, places: list[tuple[float, float]], k: int, start_size: int, patch_size: int):
-    """Patches [M, k, 3, P, P] in 0..255 of one picture."""
+def extract(image: Image.Image, locations: list[tuple[float, float]], k: int, start_size: int, patch_size: int):
+    """Patches [M, k, 3, P, P] of one image, in 0..255."""
     scales = glimpse.patch_scales(k, start_size)
-    pyramid = glimpse.build_pyramid(to_tensor(picture).unsqueeze(0), scales, patch_size)
-    return glimpse.extract_patches(pyramid, torch.tensor([places]), scales, patch_size)[0] * 255
+    pyramid = glimpse.build_pyramid(to_tensor(image).unsqueeze(0), scales, patch_size)
+    return glimpse.extract_patches(pyramid, torch.tensor([locations]), scales, patch_size)[0] * 255
 
 
 def test_valid_scales() -> None:
@@ -48,30 +49,30 @@ def test_invalid_scales(pair: tuple[int, int]) -> None:
         glimpse.patch_scales(*pair)
 
 
-# Not 32: there the one line of pixels along the picture's border, where the reference blends in the black and a
-# window of a level does not, is a thirtieth of the patch and alone reaches 2 of 255.
+# Not 32: the row of pixels along the image border, where the reference blends in black and the pyramid does not, is a
+# thirtieth of such a patch and alone adds an error of 2 out of 255.
 @pytest.mark.parametrize("patch_size", [64, 96])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_extraction_equals_the_pil_reference(pair: tuple[int, int], patch_size: int) -> None:
     k, start_size = pair
-    picture = natural_picture(glimpse.canvas_size(patch_size, start_size))
+    image = natural_image(glimpse.canvas_size(patch_size, start_size))
     rng = np.random.default_rng(1)
-    places = PLACES + [tuple(place) for place in rng.uniform(-1, 1, (20, 2)).tolist()]
-    patches = extract(picture, places, k, start_size, patch_size)
-    for (x, y), ours in zip(places, patches):
-        for i, theirs in enumerate(reference.glimpse(picture, x, y, k, start_size, patch_size)):
+    locations = LOCATIONS + [tuple(location) for location in rng.uniform(-1, 1, (20, 2)).tolist()]
+    patches = extract(image, locations, k, start_size, patch_size)
+    for (x, y), ours in zip(locations, patches):
+        for i, theirs in enumerate(reference.glimpse(image, x, y, k, start_size, patch_size)):
             error = (ours[i] - to_tensor(theirs)).abs().mean().item()
-            assert error < 2, f"patch {i} at ({x:.2f}, {y:.2f}) is {error:.2f} of 255 off"
+            assert error < 2, f"patch {i} at ({x:.2f}, {y:.2f}) is off by {error:.2f} of 255"
 
 
-def test_reference_notices_an_inverted_axis() -> None:
-    picture = natural_picture(128)
-    patches = extract(picture, [(0.4, -0.6)], 1, 1, 32)[0, 0]
-    theirs = to_tensor(reference.glimpse(picture, 0.4, 0.6, 1, 1, 32)[0])
-    assert (patches - theirs).abs().mean() > 10  # what the comparison above would see
+def test_reference_detects_an_inverted_axis() -> None:
+    image = natural_image(128)
+    patches = extract(image, [(0.4, -0.6)], 1, 1, 32)[0, 0]
+    theirs = to_tensor(reference.glimpse(image, 0.4, 0.6, 1, 1, 32)[0])
+    assert (patches - theirs).abs().mean() > 10  # far above the tolerance of the comparison above
 
 
-def test_outside_the_picture_is_black() -> None:
+def test_outside_the_image_is_black() -> None:
     white = Image.new("RGB", (128, 128), "white")
     patch = extract(white, [(-1.0, -1.0)], 1, 1, 32)[0, 0]
     assert (patch[:, :16] == 0).all() and (patch[:, :, :16] == 0).all() and (patch[:, 16:, 16:] == 255).all()
@@ -79,64 +80,107 @@ def test_outside_the_picture_is_black() -> None:
     assert torch.allclose(black, -torch.tensor(glimpse.IMAGENET_MEAN) / torch.tensor(glimpse.IMAGENET_STD))
 
 
-def test_extraction_is_batched_over_pictures_and_places() -> None:
-    pictures = [natural_picture(64, seed) for seed in range(3)]
-    canvas = torch.stack([to_tensor(picture) for picture in pictures])
+def test_extraction_is_batched_over_images_and_locations() -> None:
+    images = [natural_image(64, seed) for seed in range(3)]
+    canvas = torch.stack([to_tensor(image) for image in images])
     location = torch.rand(3, 4, 2) * 2 - 1
     pyramid = glimpse.build_pyramid(canvas, (2, 4), 32)
     together = glimpse.extract_patches(pyramid, location, (2, 4), 32) * 255
     assert together.shape == (3, 4, 2, 3, 32, 32)
-    for picture, places, patches in zip(pictures, location.tolist(), together):
-        assert torch.equal(patches, extract(picture, [tuple(place) for place in places], 2, 2, 32))
+    for image, locations, patches in zip(images, location.tolist(), together):
+        assert torch.equal(patches, extract(image, [tuple(point) for point in locations], 2, 2, 32))
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_box_drawn_is_the_box_cut(place: tuple[float, float]) -> None:
-    """The outline drawn runs along the outermost pixels of the patch that was cut."""
+@pytest.mark.parametrize("location", LOCATIONS)
+def test_box_drawn_is_the_box_cut(location: tuple[float, float]) -> None:
+    """The outline covers the outermost pixels of the patch that is cut."""
     side, patch_size = 128, 32
-    boxes = glimpse.patch_boxes(torch.tensor([place]), (1,), patch_size)
+    boxes = glimpse.patch_boxes(torch.tensor([location]), (1,), patch_size)
     drawn = np.array(glimpse.draw_boxes(Image.new("RGB", (side, side), "black"), boxes))[..., 0] == 255
     rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
-    index = torch.arange(side * side).reshape(side, side)  # each pixel's own number, in two bytes of its colour
+    index = torch.arange(side * side).reshape(side, side)  # each pixel's index, in two bytes of its colour
     canvas = torch.stack([index // 256, index % 256, torch.full_like(index, 255)]).byte().unsqueeze(0)
     pyramid = glimpse.build_pyramid(canvas, (1,), patch_size)
-    patch = (glimpse.extract_patches(pyramid, torch.tensor([[place]]), (1,), patch_size)[0, 0, 0] * 255).round()
-    numbers = (patch[0] * 256 + patch[1])[patch[2] > 0].long()  # of the pixels cut that lie inside the picture
-    assert (rows.min(), rows.max()) == ((numbers // side).min(), (numbers // side).max())
-    assert (columns.min(), columns.max()) == ((numbers % side).min(), (numbers % side).max())
+    patch = (glimpse.extract_patches(pyramid, torch.tensor([[location]]), (1,), patch_size)[0, 0, 0] * 255).round()
+    indices = (patch[0] * 256 + patch[1])[patch[2] > 0].long()  # of the pixels of the patch that lie inside the image
+    assert (rows.min(), rows.max()) == ((indices // side).min(), (indices // side).max())
+    assert (columns.min(), columns.max()) == ((indices % side).min(), (indices % side).max())
+
+
+@pytest.mark.parametrize("n_glimpses", [3, 20])
+def test_coinciding_boxes_are_visible(n_glimpses: int) -> None:
+    """As with the policy "center"; there is room for three outlines in the smaller box."""
+    boxes = glimpse.patch_boxes(torch.zeros(n_glimpses, 2), (1, 4), 32)
+    pixels = np.array(glimpse.draw_boxes(Image.new("RGB", (128, 128), "white"), boxes))
+    for i, color in enumerate(glimpse.GLIMPSE_COLORS[:3]):
+        drawn = (pixels == ImageColor.getrgb(color)).all(-1)
+        for left, right in ((48, 80), (0, 128)):
+            expected = [4 * i, 4 * i + 1, 4 * i + 2]  # in pixels from the edge of the box
+            assert np.flatnonzero(drawn[64, left : left + 12]).tolist() == expected
+            assert np.flatnonzero(drawn[64, right - 12 : right][::-1]).tolist() == expected
 
 
 def test_boxes_of_a_glimpse_are_concentric_and_doubling() -> None:
     boxes = glimpse.patch_boxes(torch.tensor([0.25, -0.5]), (1, 2, 4), 96)
-    middle, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    center, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     assert torch.allclose(size, torch.tensor([[0.25, 0.25], [0.5, 0.5], [1.0, 1.0]]))
-    assert torch.allclose(middle, torch.tensor([0.625, 0.25]).expand(3, 2), atol=0.5 / 96)
+    assert torch.allclose(center, torch.tensor([0.625, 0.25]).expand(3, 2), atol=0.5 / 96)
+
+
+def test_colors_are_readable_as_text_on_white() -> None:
+    for color in glimpse.GLIMPSE_COLORS:
+        linear = [(value / 255) ** 2.2 for value in ImageColor.getrgb(color)]
+        luminance = float(np.dot([0.2126, 0.7152, 0.0722], linear))
+        assert 1.05 / (luminance + 0.05) > 3.9, color  # contrast as defined by WCAG 2, which asks for at least 3
 
 
 def test_panel_shows_every_part() -> None:
-    picture = to_tensor(natural_picture(64))
+    canvas = to_tensor(natural_image(64))
     attention = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7]])
-    place = torch.tensor([[-0.4, -0.4], [0.5, 0.5]])
-    panel = glimpse.draw_panel(picture, place, attention, (2, 4), 32, "a caption", ["one", "two"])
+    location = torch.tensor([[-0.4, -0.4], [0.5, 0.5]])
+    panel = glimpse.draw_panel(canvas, location, attention, (2, 4), 32, "a caption", ["one", "two"])
     pixels = np.array(panel)
     assert all((pixels == color).all(-1).sum() > 500 for color in ([255, 0, 0], [0, 0, 255]))
-    context = glimpse.build_pyramid(picture.unsqueeze(0), (4,), 32)[4][0, :, 16:48, 16:48]
+    context = glimpse.build_pyramid(canvas.unsqueeze(0), (4,), 32)[4][0, :, 16:48, 16:48]
     seen = (context * 255).round().byte()
     left, top, tile, row = 8 + 480 + 8, 30 + 22, 192, 22 + 192 + 22 + 8
     patch = np.array(panel.crop((left + 200, top, left + 200 + tile, top + tile)))
     corner = glimpse.extract_patches(
-        glimpse.build_pyramid(picture.unsqueeze(0), (2,), 32), torch.tensor([[[-0.4, -0.4]]]), (2,), 32
+        glimpse.build_pyramid(canvas.unsqueeze(0), (2,), 32), torch.tensor([[[-0.4, -0.4]]]), (2,), 32
     )
     assert (patch[::6, ::6] == (corner[0, 0, 0] * 255).round().byte().permute(1, 2, 0).numpy()).all()  # 6 x 6 pixels
     attended = np.array(panel.crop((left, top, left + tile, top + tile)))[3::6, 3::6]
-    assert (attended[:4, :4] == seen.permute(1, 2, 0).numpy()[:4, :4]).all()  # the heaviest quadrant in full light
+    assert (attended[:4, :4] == seen.permute(1, 2, 0).numpy()[:4, :4]).all()  # the largest weight at full brightness
     assert panel.size == (8 + 480 + 3 * 200 + 8, 22 + 8 + 480 + 8)
-    other = np.array(glimpse.draw_panel(picture, place, attention, (2, 4), 32, "a caption", ["one", "three"]))
-    changed = np.argwhere((other != pixels).any(-1))  # what the network says after the second glimpse, below its row
+    other = np.array(glimpse.draw_panel(canvas, location, attention, (2, 4), 32, "a caption", ["one", "three"]))
+    changed = np.argwhere((other != pixels).any(-1))  # the prediction after the second glimpse, below its row of tiles
     assert changed.min(0)[0] >= top + row + tile and changed.min(0)[1] >= left and len(changed)
 
+    panel = glimpse.draw_panel(canvas, location, None, (2, 4), 32, "a caption", ["one", "two"])
+    for t in range(2):  # without attention: the context as it is, with no weights written on it
+        plain = np.array(panel.crop((left, top + t * row, left + tile, top + t * row + tile)))
+        assert (plain == seen.permute(1, 2, 0).numpy().repeat(6, 0).repeat(6, 1)).all()
+    labels = [np.array(image)[30:52, left : left + tile] for image in (panel, Image.fromarray(pixels))]
+    assert all((label < 128).any() for label in labels) and (labels[0] != labels[1]).any()
 
-def test_contact_sheet_shows_every_picture_with_its_boxes() -> None:
+
+@pytest.mark.parametrize("caption", ["a caption " * 30, "short\n" + "a second line " * 20, "first\nsecond\nthird"])
+def test_text_of_a_panel_is_not_cut(caption: str) -> None:
+    canvas, font = to_tensor(natural_image(64)), ImageFont.load_default(14)
+    predictions = ["American Staffordshire terrier " * 4]
+    panel = glimpse.draw_panel(canvas, torch.zeros(1, 2), None, (2,), 32, caption, predictions)
+    text = Image.new("RGB", (4000, 200), "white")
+    ImageDraw.Draw(text).text((8, 4), caption, "black", font)
+    header = 22 * (caption.count("\n") + 1)
+    rows, columns = np.nonzero((np.array(text) < 255).any(-1))
+    assert rows.max() < header and columns.max() < panel.width
+    assert (np.array(text)[:header, : panel.width] == np.array(panel)[:header]).all()
+    left, top = 8 + 384 + 8, header + 8 + 22 + 192
+    assert panel.width >= left + font.getlength(f"after glimpse 1: {predictions[0]}")
+    assert (np.array(panel)[top : top + 22, left:] < 255).any() and (np.array(panel)[:, -1] == 255).all()
+
+
+def test_contact_sheet_shows_every_image_with_its_boxes() -> None:
     colors = [(40 * i, 255 - 40 * i, 90) for i in range(7)]
     canvases = [to_tensor(Image.new("RGB", (64, 64), color)) for color in colors]
     boxes = [torch.tensor([[[0.25, 0.25, 0.75, 0.75]]])] * 7
@@ -147,6 +191,23 @@ def test_contact_sheet_shows_every_picture_with_its_boxes() -> None:
         tile = sheet[y : y + 276, x : x + 240]
         assert (tile[120, 120] == color).all() and (tile[60, 60:180] == (255, 0, 0)).all()
         assert (tile[240:] < 128).all(-1).any() and (tile[-1] == 255).all()  # a caption, not cut off
+
+
+def test_captions_of_a_contact_sheet_fit_their_tiles() -> None:
+    font = ImageFont.load_default(12)
+    short, long = "predicted Chihuahua (0.99)", "predicted American Staffordshire terrier (0.99)"
+    assert glimpse.shorten(short, 240, font) == short and font.getlength(long) > 240
+    fitted = glimpse.shorten(long, 240, font)
+    assert re.fullmatch(r"predicted American Staffordshire t\w*\.\.\. \(0\.99\)", fitted), fitted
+    assert 230 < font.getlength(fitted) <= 240
+    without = glimpse.shorten("a_file_name_that_is_much_too_long_for_one_tile.jpg", 240, font)
+    assert without.startswith("a_file_name") and without.endswith("...") and font.getlength(without) <= 240
+    canvas, box = torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(1, 1, 4) + torch.tensor([0, 0, 1, 1])
+    sheets = [
+        np.array(glimpse.draw_contact_sheet([canvas], [box], [f"{first}\n{second}"]))
+        for first, second in ((long, short), (fitted, short), (short, long), (short, fitted))
+    ]
+    assert (sheets[0] == sheets[1]).all() and (sheets[2] == sheets[3]).all() and (sheets[0] != sheets[2]).any()
 
 
 def test_attention_is_drawn_over_its_own_quadrant() -> None:

@@ -1,18 +1,20 @@
-"""The README: every command in it runs as written, but for sizes that suit a test."""
+"""The README: its commands run as written, but for sizes that suit a test, and what it says of defaults is true."""
 
 import re
 import shlex
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ARCH, draw_picture
+from conftest import ARCH, draw_image, fit
 
 import main
 import pretrain
+import utils
 from data import stanford_dogs, toy_dogs
-from dataset import read_list, read_picture
+from dataset import read_image, read_list
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,13 +24,17 @@ SHARED = ["--data_dir", "data/toy", "--save_dir", "saved", "--device", "cpu", "-
 SHARED += ["--batch_size", "4", "--epochs", "1", "--valid_size", "0.5"]
 SIZES = {
     "data/toy_dogs.py": ["--data_dir", "data/toy", "--n_train", "32", "--n_test", "8", "--size", "64"],
-    "pretrain.py": [*SHARED, "--arch", ARCH, "--patch_size", "32"],
-    "main.py": [*SHARED, "--rnn_hidden", "8", "--n_samples", "2"],
+    "pretrain.py": SHARED,
+    "main.py": [*SHARED, "--n_samples", "2"],
+}
+NETWORKS = {
+    "pretrain.py": ["--arch", ARCH, "--patch_size", "32", "--weights", "none"],
+    "main.py": ["--rnn_hidden", "8"],
 }
 
 
 def blocks() -> list[str]:
-    """What is to be typed: the fenced blocks of no language."""
+    """The commands to type: the fenced blocks without a language."""
     return [text for language, text in re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S) if not language]
 
 
@@ -42,41 +48,66 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
+def reads_its_checkpoint(words: list[str]) -> bool:
+    """Whether these flags make a script read its own checkpoint, which determines the network."""
+    tasks = [word.removeprefix("--task=") for word in words if word.startswith("--task")]
+    return tasks not in ([], ["train"], ["probe"]) or any(word.startswith("--resume_training") for word in words)
+
+
+def run_as_written(script: str, words: list[str]) -> None:
+    """Run a command of the README, with sizes that suit a test added to its flags."""
+    module, sizes = SCRIPTS[script], SIZES[script]
+    if module is toy_dogs:
+        module.main([*words, *sizes])
+        return
+    utils.parse_flags(module.Settings, module.__doc__, words)
+    if not reads_its_checkpoint(words):
+        sizes = [*sizes, *NETWORKS[script], "--overwrite"]
+    if "--backbone" in words:
+        sizes = [*sizes, "--backbone", "saved/pt_glimpse_model.tar"]
+    module.main(fit(module, [*words, *sizes]))
+
+
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one folder, one after the other, as a reader would try them.
 
-    torchrun, make and the download have tests of their own: of their commands, only what they name is looked up.
+    torchrun, make and the download have tests of their own: of their commands, only flags and targets are checked.
     """
     monkeypatch.chdir(tmp_path)
     for name in ("photo.jpg", "another.png"):
-        draw_picture(np.random.default_rng(0), 80, 60).save(name)
+        draw_image(np.random.default_rng(0), 80, 60).save(name)
     Path("folder").mkdir()
-    draw_picture(np.random.default_rng(0), 80, 60).save("folder/third.webp")
+    draw_image(np.random.default_rng(0), 80, 60).save("folder/third.webp")
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     n_run = 0
     for program, *words in commands():
+        script = next((i for i, word in enumerate(words) if word in SCRIPTS), None)
         if program == "make":
             assert words[0] in targets
-        elif program == "torchrun":
-            script = next(i for i, word in enumerate(words) if word in SCRIPTS)
-            SCRIPTS[words[script]].parse_args(words[script + 1 :])
         elif words[0] == "data/stanford_dogs.py":
             stanford_dogs.parse_args(words[1:])
         elif words[0] in BY_HAND:
             assert (ROOT / words[0]).exists()
-        elif "--gpus" in words:
-            main.parse_args(words[1:])
+        elif program == "torchrun" or "--gpus" in words:
+            module = SCRIPTS[words[script]]
+            utils.parse_flags(module.Settings, module.__doc__, words[script + 1 :])
         else:
-            settings = SIZES[words[0]]
-            if "--task=test" in words or "--resume_training=True" in words:  # which take no other size of the network
-                settings = SHARED
-            if words[0] == "pretrain.py" and "--task=test" not in words:
-                settings = [*settings, "--weights", "none"]
-            if "--backbone" in words:
-                settings = [*settings, "--backbone", "saved/pt_glimpse_model.tar"]
-            SCRIPTS[words[0]].main([*words[1:], *settings])
+            run_as_written(words[0], words[1:])
             n_run += 1
     assert n_run >= 10 and len(list(Path("imgs").iterdir())) == 6
+
+
+def test_defaults_are_those_of_the_flags() -> None:
+    """In each table of flags with a column of defaults."""
+    defaults = {field.name: field.default for script in (pretrain, main) for field in fields(script.Settings)}
+    for table in re.findall(r"^\| *flags? *\|.*\n(?:\|.*\n)+", README, re.MULTILINE):
+        header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+        if "default" in header:
+            assert rows
+            for row in rows:
+                name = row[0].strip("`").removeprefix("--")
+                shown = row[header.index("default")].strip("`")
+                assert type(defaults[name])(shown) == defaults[name], f"the default of --{name} is {defaults[name]}"
 
 
 def test_birds_are_linked_into_folders_of_classes(tmp_path: Path) -> None:
@@ -85,20 +116,20 @@ def test_birds_are_linked_into_folders_of_classes(tmp_path: Path) -> None:
     for name in ("001.Black_footed_Albatross", "002.Laysan_Albatross"):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(4):
-            draw_picture(np.random.default_rng(i), 30, 20).save(tmp_path / "images" / name / f"{i}.jpg")
+            draw_image(np.random.default_rng(i), 30, 20).save(tmp_path / "images" / name / f"{i}.jpg")
             rows.append(f"{len(rows) + 1} {name}/{i}.jpg")
             split.append(f"{len(rows)} {int(i < 3)}")
     (tmp_path / "images.txt").write_text("\n".join(rows) + "\n")
     (tmp_path / "train_test_split.txt").write_text("\n".join(split) + "\n")
     [block] = [block for block in blocks() if "train_test_split.txt" in block]
     subprocess.run(["bash", "-ec", block], cwd=tmp_path, check=True)
-    for part, n_pictures in (("train", 6), ("test", 2)):
-        pictures = read_list(tmp_path, part)
-        assert pictures.class_names == ["Black footed Albatross", "Laysan Albatross"]
-        assert len(pictures.files) == n_pictures and read_picture(pictures.files[0], 20).size == (30, 20)
+    for part, n_images in (("train", 6), ("test", 2)):
+        images = read_list(tmp_path, part)
+        assert images.class_names == ["Black footed Albatross", "Laysan Albatross"]
+        assert len(images.files) == n_images and read_image(images.files[0], 20).size == (30, 20)
 
 
-def test_links_and_pictures_are_there() -> None:
+def test_links_and_images_are_there() -> None:
     anchors = {
         re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", README, re.M)
     }

@@ -1,4 +1,4 @@
-"""What a long run survives, and what it never lets pass: kills, signals, full disks, bad numbers, leaks."""
+"""Kills, signals, full disks, numbers that are not finite, leaks: what a long run survives, and what stops it."""
 
 import os
 import platform
@@ -31,8 +31,8 @@ from conftest import (
     same,
     save_backbone,
     start,
+    without_seconds,
 )
-from torch import nn
 
 import dataset
 import main
@@ -40,6 +40,7 @@ import pretrain
 import utils
 from model import RecurrentAttention, attention_loss, build_backbone
 
+CPU = utils.Machine(torch.device("cpu"), [], "fp32", rank=0, world_size=1)
 CLASSIFIER = ["--rnn_hidden", "16", "--k", "1", "--start_size", "2", "--n_glimpses", "2"]
 FILES = {
     "main": ("last.tar", "saved_model.tar", "log.csv"),
@@ -67,12 +68,9 @@ def flags(make_data, tmp_path: Path) -> Callable[..., list[str]]:
     return make
 
 
-def resumed(argv: list[str]) -> list[str]:
-    """The same flags for a run that goes on; the backbone is in its checkpoint."""
-    words = list(argv)
-    if "--backbone" in words:
-        del words[words.index("--backbone") : words.index("--backbone") + 2]
-    return [*words, "--resume_training"]
+def content(path: Path) -> object:
+    """What a run leaves in a checkpoint or a log, the same for equal runs."""
+    return without_seconds(read(path) if path.suffix == ".tar" else read_log(path))
 
 
 # --- kills
@@ -87,8 +85,11 @@ def resumed(argv: list[str]) -> list[str]:
         pytest.param("pretrain", 20, marks=pytest.mark.slow),
     ],
 )
-def test_killed_at_any_moment_and_resumed_is_never_killed(script: str, n_kills: int, flags, tmp_path: Path) -> None:
-    """Every other kill is timed to hit the writing of a checkpoint, which has to be a large one for that."""
+def test_run_killed_at_any_moment_ends_as_if_never_killed(script: str, n_kills: int, flags, tmp_path: Path) -> None:
+    """Every other kill is timed to hit the writing of a checkpoint, which takes long enough if it is large.
+
+    Without a last checkpoint to resume from, the run starts again, with --overwrite if it left other files.
+    """
     n_epochs, rng = 4, random.Random(script)
     straight, printed = tmp_path / "straight", tmp_path / "printed.txt"
     argv = [*flags(script, straight, "resnet18"), "--epochs", str(n_epochs)]
@@ -107,16 +108,21 @@ def test_killed_at_any_moment_and_resumed_is_never_killed(script: str, n_kills: 
             time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.join()
-        last, best, _ = (folder / name for name in FILES[script])
+        last, best, log = (folder / name for name in FILES[script])
         for path in (last, best):
             if path.exists():
                 assert isinstance(read(path), dict)
         n_resumed += last.exists()
-        assert finish(start(script, resumed(argv) if last.exists() else argv, printed)) == 0, printed.read_text()
+        present = [path.name for path in (best, log) if path.exists()]
+        if last.exists():
+            argv.append("--resume_training")
+        elif present:
+            assert finish(start(script, argv, printed)) == 1
+            assert printed.read_text().startswith(f"error: {folder} holds an earlier run ({', '.join(present)}): ")
+            argv.append("--overwrite")
+        assert finish(start(script, argv, printed)) == 0, printed.read_text()
         for name in FILES[script]:
-            ours, theirs = folder / name, straight / name
-            equal = same(read(ours), read(theirs)) if name.endswith(".tar") else ours.read_text() == theirs.read_text()
-            assert equal, f"{name} after kill {i}"
+            assert same(content(folder / name), content(straight / name)), f"{name} after kill {i}"
     assert n_resumed or n_kills < 10
 
 
@@ -137,7 +143,7 @@ def test_killed_at_any_moment_and_resumed_is_never_killed(script: str, n_kills: 
 def test_stopped_by_a_signal(
     script: str, number: int, exit_code: int, send: Callable[[int, int], None], flags, tmp_path: Path
 ) -> None:
-    """Ctrl-C goes to all processes of the terminal; SIGTERM to the one, or to its workers too."""
+    """Ctrl-C reaches all processes of the terminal; SIGTERM the script alone, or its workers too."""
     folder, printed = tmp_path / "out", tmp_path / "printed.txt"
     argv = [*flags(script, folder), "--epochs", "1000", "--num_workers", "2"]
     process = start(script, argv, printed)
@@ -149,7 +155,8 @@ def test_stopped_by_a_signal(
     assert line == f"stopped: every finished epoch is saved in {last}: go on with --resume_training=True"
     assert "Traceback" not in printed.read_text() and not list(folder.glob("*.tmp"))
     n_saved = read(last)["epoch"] + 1
-    process = start(script, [*resumed(argv), "--epochs", str(n_saved + 1)], printed)
+    (tmp_path / "backbone.tar").unlink(missing_ok=True)  # the checkpoint has its weights
+    process = start(script, [*argv, "--resume_training", "--epochs", str(n_saved + 1)], printed)
     assert finish(process) == 0 and len(read_log(folder / FILES[script][2])) == n_saved + 1, printed.read_text()
 
 
@@ -159,7 +166,7 @@ def test_stopped_before_anything_is_saved(flags, tmp_path: Path) -> None:
     wait_for(lambda: printed.exists() and "model " in printed.read_text(), process)
     os.kill(process.pid, signal.SIGTERM)
     assert finish(process) == 143
-    assert printed.read_text().splitlines()[-1] == "stopped: no epoch was finished, nothing new is saved"
+    assert printed.read_text().splitlines()[-1] == "stopped: no epoch was finished, there is nothing to resume"
     assert not list(folder.iterdir())
 
 
@@ -173,11 +180,11 @@ def test_full_disk_leaves_earlier_files(script: str, flags, tmp_path: Path) -> N
     argv = flags(script, folder)
     assert finish(start(script, [*argv, "--epochs", "1"], printed)) == 0
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".tar"}
-    assert finish(start(script, [*resumed(argv), "--epochs", "2"], printed, largest_file=10**5)) == 1
+    assert finish(start(script, [*argv, "--resume_training", "--epochs", "2"], printed, largest_file=10**5)) == 1
     *_, line = printed.read_text().splitlines()
     assert line.startswith(f"error: cannot write {folder}/") and line.endswith("earlier files are intact")
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".csv"} == before
-    assert finish(start(script, [*resumed(argv), "--epochs", "2"], printed)) == 0
+    assert finish(start(script, [*argv, "--resume_training", "--epochs", "2"], printed)) == 0
 
 
 # --- numbers
@@ -201,59 +208,86 @@ def test_loss_that_is_not_finite_stops_training(
         return type(value)(*(term * factor for term in value)) if script is main else value * factor
 
     monkeypatch.setattr(script, losses[script], second_is_infinite)
-    line = fails(script.main, [*resumed(argv), "--lr", "0.003", "--epochs", "2"])
+    line = fails(script, [*argv, "--resume_training", "--lr", "0.003", "--epochs", "2"])
     rates = "0.0015 and 5e-05" if script is main else "0.003"  # halfway down the cosine
     assert line.startswith(f"error: epoch 2/2, step 2: the loss is not finite at learning rate {rates}: "), line
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert n_calls == 2 and {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_network_that_is_not_finite_is_not_saved(flags, tmp_path: Path) -> None:
-    """The last step of an epoch may spoil the weights after its loss was still finite."""
+    """The last step of an epoch may spoil the weights although its loss was finite."""
     argv = flags("pretrain", tmp_path / "out")
     pretrain.main([*argv, "--epochs", "1"])
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    line = fails(pretrain.main, [*resumed(argv), "--lr", "1e9", "--epochs", "2"])
-    assert "validation: the network's answers are not finite" in line
+    line = fails(pretrain, [*argv, "--resume_training", "--lr", "1e9", "--epochs", "2"])
+    assert "validation: the network's predictions are not finite" in line
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_first_step_that_is_not_finite_is_named() -> None:
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_first_step_that_is_not_finite_is_named(value: float) -> None:
     loader = torch.utils.data.DataLoader(range(40), batch_size=4)
-    machine = utils.Machine(torch.device("cpu"), [], "fp32", 0, 1)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-    with utils.Meter("epoch 7/9", loader, machine, optimizer) as meter:
-        for value in (1.0, 2.0, float("inf"), 3.0):
-            meter.update(4, loss=torch.tensor(value))
-        with pytest.raises(utils.UserError, match=r"epoch 7/9, step 3: the loss is not finite at learning rate 0.5"):
-            meter.means()
+    groups = [{"params": [torch.zeros(1)], "lr": lr} for lr in (0.5, 0.25, 0.5)]
+    with utils.Meter("epoch 7/9", loader, CPU, torch.optim.SGD(groups)) as meter:
+        meter.update(4, loss=torch.tensor(1.0), accuracy=torch.tensor(0.5))
+        meter.update(4, loss=torch.tensor(2.0), accuracy=torch.tensor(1.0))
+        assert meter.means() == {"loss": 1.5, "accuracy": 0.75}
+        message = r"epoch 7/9, step 3: the loss is not finite at learning rate 0\.5 and 0\.25: "
+        with pytest.raises(utils.UserError, match=message):
+            meter.update(4, loss=torch.tensor(value), accuracy=torch.tensor(1.0))
 
 
-def test_each_picture_is_answered_for_once() -> None:
-    answers = torch.zeros(3, 2)
-    utils.check_answers(answers, torch.tensor([0, 1, 2]), 3, "test")
-    for index in ([0, 1, 1], [0, 1], [0, 1, 2, 3], [1, 0, 2], [0, 0, 1, 2]):
-        with pytest.raises(utils.UserError, match="test: "):
-            utils.check_answers(torch.zeros(len(index), 2), torch.tensor(index), 3, "test")
-    answers[1, 1] = float("nan")
-    with pytest.raises(utils.UserError, match="not finite"):
-        utils.check_answers(answers, torch.tensor([0, 1, 2]), 3, "test")
+class List(torch.utils.data.Dataset):
+    """Three images, each the number of its place in the list."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
+        return torch.tensor([float(index)]), 0, index
 
 
-def test_evaluation_notices_a_picture_seen_twice(make_data, make_model) -> None:
-    pictures = dataset.read_list(make_data(), "test")
-    machine = utils.Machine(torch.device("cpu"), [], "fp32", 0, 1)
+def test_each_image_is_predicted_exactly_once() -> None:
+    """In any order; the predictions are those of the list."""
+
+    def collect(order: list[int], *spoiled: float) -> list[torch.Tensor]:
+        loader = torch.utils.data.DataLoader(List(), batch_size=2, sampler=order)
+
+        def predict(canvas: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            assert torch.equal(canvas[:, 0], index.float())
+            for value in spoiled:
+                canvas[index == 1] = value
+            return 10 * canvas, canvas.unsqueeze(2).expand(-1, 1, 4) if spoiled else 2 * canvas
+
+        return utils.collect(predict, loader, CPU, "test")
+
+    for order in ([0, 1, 2], [2, 0, 1], [1, 0, 2]):
+        tens, twice = collect(order)
+        assert tens.tolist() == [[0], [10], [20]] and twice.tolist() == [[0], [2], [4]]
+    for order, n_repeated in (([0, 1, 1], 1), ([0, 1], 0), ([0, 0, 1, 2], 1), ([2, 2, 2], 2), ([0, 1, 2, 0, 1, 2], 3)):
+        message = f"^test: {len(order)} predictions for 3 images, {n_repeated} of them repeated$"
+        with pytest.raises(utils.UserError, match=message):
+            collect(order)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        with pytest.raises(utils.UserError, match="^test: the network's predictions are not finite: "):
+            collect([0, 1, 2], value)
+
+
+def test_evaluation_notices_a_repeated_or_missing_image(make_data, make_model) -> None:
+    images = dataset.read_list(make_data(), "test")
     backbone = pretrain.PretrainNetwork(backbone=build_backbone(ARCH), n_classes=N_CLASSES, patch_size=32)
     noise = torch.zeros(9, 1, 2, 2)
-    for order in ([0, 1, 2, 3, 4, 5, 6, 7, 7], range(8)):
-        loader = dataset.make_loader(pictures, order, canvas_size=128, batch_size=4, num_workers=0)
-        with pytest.raises(utils.UserError, match="answers for 9 pictures"):
-            main.evaluate(make_model(), loader, noise[: len(order)], "learned", machine, "test")
-        with pytest.raises(utils.UserError, match="answers for 9 pictures"):
-            pretrain.evaluate(backbone, loader, machine, "test")
+    for order, n_repeated in (([0, 1, 2, 3, 4, 5, 6, 7, 7], 1), (range(8), 0)):
+        loader = dataset.make_loader(images, order, canvas_size=128, batch_size=4, num_workers=0)
+        message = f"test: {len(order)} predictions for 9 images, {n_repeated} of them repeated"
+        with pytest.raises(utils.UserError, match=message):
+            main.evaluate(make_model(), loader, noise, "learned", CPU, "test")
+        with pytest.raises(utils.UserError, match=message):
+            pretrain.evaluate(backbone, loader, CPU, "test")
 
 
 def gradients(rank: int, world_size: int, net: RecurrentAttention, folder: Path) -> None:
-    """Gradients of one step on this process's half of a fixed batch, averaged over the processes."""
+    """Gradients of one step on this process's shard of a fixed batch, averaged over the processes."""
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
@@ -262,12 +296,12 @@ def gradients(rank: int, world_size: int, net: RecurrentAttention, folder: Path)
     canvas = torch.randint(0, 256, (8, 3, 128, 128), dtype=torch.uint8, generator=generator)
     noise = torch.randn(8, 1, 2, 2, generator=generator)
     labels = torch.arange(8) % N_CLASSES
-    wrapped = utils.wrap(net, machine)  # named, or the backward pass would find it gone
-    rollout = wrapped(canvas[rank::world_size], noise[rank::world_size])
+    wrapped = utils.wrap(net, machine)  # bound to a name, for the backward pass needs it
+    rollout = wrapped(canvas[rank::world_size], noise[rank::world_size], "learned")
     sum(attention_loss(rollout, labels[rank::world_size], "each")).backward()
     if rank == 0:
-        content = {name: value.grad for name, value in net.named_parameters() if value.grad is not None}
-        torch.save(content, folder / f"gradients_{world_size}.tar")
+        grads = {name: value.grad for name, value in net.named_parameters() if value.grad is not None}
+        torch.save(grads, folder / f"gradients_{world_size}.tar")
     if world_size > 1:
         dist.destroy_process_group()
 
@@ -298,7 +332,7 @@ def test_two_gpus_give_the_gradient_of_one(make_model) -> None:
     for gpus in ([0], [0, 1]):
         net.zero_grad()
         machine = utils.Machine(torch.device("cuda", 0), gpus, "fp32", 0, 1)
-        sum(attention_loss(utils.wrap(net, machine)(canvas, noise), labels, "each")).backward()
+        sum(attention_loss(utils.wrap(net, machine)(canvas, noise, "learned"), labels, "each")).backward()
         grads.append({name: value.grad.clone() for name, value in net.named_parameters() if value.grad is not None})
     for name, value in grads[0].items():
         assert torch.allclose(value, grads[1][name], atol=1e-6, rtol=0), name
@@ -331,7 +365,7 @@ def test_200_epochs_leak_nothing(num_workers: str, flags, tmp_path: Path) -> Non
 
 
 def test_checkout_that_cannot_be_written_to(flags, tmp_path: Path) -> None:
-    """Whoever may write there all the same, as root may, finds nothing new in it but Python's own cache."""
+    """A user who may write there all the same, such as root, finds nothing new in it but Python's cache."""
     root, checkout, out = Path(__file__).parent.parent, tmp_path / "checkout", tmp_path / "out"
     checkout.mkdir()
     for path in root.glob("*.py"):
@@ -345,9 +379,17 @@ def test_checkout_that_cannot_be_written_to(flags, tmp_path: Path) -> None:
     checkout.chmod(0o755)
 
 
+def test_benchmark_does_not_need_pytest(tmp_path: Path) -> None:
+    """What the README says to run must work with requirements.txt alone."""
+    (tmp_path / "pytest.py").write_text("raise ImportError")
+    command = [sys.executable, str(Path(__file__).with_name("benchmark.py")), "--help"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "--parts" in done.stdout, done.stderr
+
+
 def pages_of_later_tensors() -> int:
-    """How many pages the system gave for ten tensors, each of the size of twenty earlier ones that are gone."""
-    utils.set_up_machine("cpu", None, "fp32")
+    """How many pages the system gave for ten tensors, after twenty of the same size were freed."""
+    utils.set_up_machine("cpu", "", "fp32")
     given = []
     for _ in range(30):
         torch.ones(2**24)
@@ -355,7 +397,7 @@ def pages_of_later_tensors() -> int:
     return given[-1] - given[19]
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by an option of glibc")
-def test_tensors_take_the_memory_that_earlier_ones_left() -> None:
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="freed memory is kept by an option of glibc")
+def test_tensors_reuse_the_memory_of_freed_ones() -> None:
     with ProcessPoolExecutor(1, mp_context=forkserver) as pool:
         assert pool.submit(pages_of_later_tensors).result() * resource.getpagesize() < 2**26  # the size of one

@@ -1,14 +1,21 @@
-"""pretrain.py and main.py as a user runs them, on a few small pictures."""
+"""pretrain.py and main.py as a user runs them, on a few small images."""
 
 import contextlib
+import hashlib
 import io
+import math
 import re
+import resource
+import shlex
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,14 +25,17 @@ from conftest import (
     ARCH,
     BACKBONE,
     SMALL,
-    draw_picture,
+    draw_image,
     fails,
     finish,
+    fit,
     read,
     read_log,
+    run,
     same,
     save_backbone,
     start,
+    without_seconds,
     write_list,
 )
 from PIL import Image
@@ -35,7 +45,7 @@ import dataset
 import main
 import pretrain
 import utils
-from model import PretrainNetwork, build_backbone, fold_batchnorm
+from model import HEADS, PretrainNetwork, build_backbone, fold_batchnorm
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,15 +62,46 @@ def main_args(make_data, save_dir: Path, tmp_path: Path) -> list[str]:
     return [*folders, *SMALL]
 
 
+NETWORK = ("k", "start_size", "n_glimpses", "rnn_hidden", "std_dev")
 MODEL = ["--rnn_hidden", "16", "--k", "2", "--start_size", "1", "--n_glimpses", "2", "--lr", "0.01"]
 
 
-def refuses(script: Callable[[list[str]], None], argv: list[str], capsys: pytest.CaptureFixture) -> str:
-    """The last line of argparse's complaint about a flag."""
+def refuses(script: ModuleType, argv: list[str], capsys: pytest.CaptureFixture) -> str:
+    """The one line about a mistake in the command line itself."""
     with pytest.raises(SystemExit) as stop:
-        script(argv)
+        script.main(argv)
     assert stop.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def find_result(report: str, subject: str, estimate: str) -> dict[str, float]:
+    """The figures of a line that `--task=test` printed, by name."""
+    [line] = [line for line in report.splitlines() if line.startswith(f"{subject:15}{estimate:20}")]
+    return {name: float(value) for name, value in re.findall(r"(\w+) (\d+\.\d{4})(?=  |$)", line[35:])}
+
+
+def same_result(ours: object, theirs: object) -> bool:
+    """Equality bit by bit of two checkpoints or logs but for the time that was measured."""
+    return same(without_seconds(ours), without_seconds(theirs))
+
+
+def load(save_dir: Path) -> torch.nn.Module:
+    """The best classifier in a folder, as main.py rebuilds it."""
+    path = save_dir / "saved_model.tar"
+    checkpoint = read(path)
+    settings = main.Settings(**{name: checkpoint["settings"][name] for name in NETWORK})
+    net = main.build_model(settings, checkpoint["backbone"], len(checkpoint["data"]["class_names"]), path).eval()
+    net.load_state_dict(checkpoint["model_dict"])
+    return net
+
+
+def collect_panels(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What `draw_panel` is called with from now on."""
+    drawn, real = [], main.draw_panel
+    monkeypatch.setattr(main, "draw_panel", lambda *given: drawn.append(given) or real(*given))
+    return drawn
 
 
 # --- the whole way
@@ -81,73 +122,56 @@ def test_importing_does_nothing(tmp_path: Path) -> None:
 
 
 def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    pretrain.main([*pretrain_args, "--epochs", "2"])
+    run(pretrain, [*pretrain_args, "--epochs", "2"])
     out = tmp_path / "out"
     best, last = read(out / "pt_glimpse_model.tar"), read(out / "pt_last.tar")
     assert best["model_dict"].keys() == build_backbone(ARCH).state_dict().keys()
-    assert (best["arch"], best["patch_size"]) == (ARCH, 32) and last["epoch"] == 1
+    assert (best["settings"]["arch"], best["settings"]["patch_size"]) == (ARCH, 32) and last["epoch"] == 1
     rows = read_log(out / "pt_log.csv")
-    assert [row["epoch"] for row in rows] == ["1", "2"] and max(float(row["valid_acc_123"]) for row in rows) == (
+    assert [row["epoch"] for row in rows] == ["1", "2"] and min(float(row["valid_nll"]) for row in rows) == (
         pytest.approx(last["best_score"], rel=1e-5)
     )
 
     shared = [*pretrain_args[: -len(BACKBONE)], "--imgs_dir", str(tmp_path / "imgs")]
     capsys.readouterr()
-    main.main([*shared, *MODEL, "--epochs", "2"])
+    run(main, [*shared, *MODEL, "--epochs", "2"])
     printed = capsys.readouterr().out
     assert "epoch 2/2" in printed and "saved_model.tar" in printed and printed.isascii()
     assert [row["epoch"] for row in read_log(out / "log.csv")] == ["1", "2"]
 
-    main.main([*shared, "--task=test", "--n_trajectories=3"])
+    run(main, [*shared, "--task=test", "--n_trajectories=3"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("9 test pictures") and lines[1] == (
-        f"3 classes: toy breed 1, toy breed 2, toy breed 3; split as in {shared[1]}/lists"
+    assert lines[0] == f"9 test images of {shared[1]}, classifier of epoch {read(out / 'saved_model.tar')['epoch'] + 1}"
+    assert lines[1] == f"3 classes: toy breed 1, toy breed 2, toy breed 3; split as in {shared[1]}/lists"
+    assert lines[-2] == (
+        f"predictions in {out / 'predictions_learned.csv'}, accuracy of each class in {out / 'per_class_learned.csv'}"
     )
-    assert str(out / "predictions.csv") in lines[-2] and str(out / "per_class.csv") in lines[-2]
     assert lines[-1] == (
         f"next: python main.py --task=view_glimpses --data_dir {shared[1]} --save_dir {out}"  # what can be typed
     )
-    assert [re.split("accuracy|off", line)[0].split() for line in lines[2:9]] == [
-        ["policy", "learned", "deterministic"],
-        ["policy", "learned", "one", "trajectory"],
-        ["policy", "learned", "mean", "of", "3"],
-        *(["glimpse", t, *kind] for t in "12" for kind in (["deterministic"], ["one", "trajectory"])),
+    assert [(line[:15].rstrip(), line[15:35].rstrip()) for line in lines[2:9]] == [
+        ("policy learned", "deterministic"),
+        ("policy learned", "sampled trajectory"),
+        ("policy learned", "average of 3"),
+        *((f"glimpse {t}", estimate) for t in (1, 2) for estimate in ("deterministic", "sampled trajectory")),
     ]
-    for policy, n_lines in (("learned", 3), ("center", 1), ("random", 2)):
-        main.main([*shared, "--task=test", f"--policy={policy}"])
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("policy")]
-        assert len(lines) == n_lines and all(line.startswith(f"policy {policy}") for line in lines)
-        rows = read_log(out / "predictions.csv")
-        pictures = dataset.read_list(shared[1], "test")
-        assert [Path(shared[1], row["file"]) for row in rows] == pictures.files
-        assert [row["truth"] for row in rows] == [pictures.class_names[label] for label in pictures.labels]
-        right = sum(row["truth"] == row["prediction"] for row in rows) / len(rows)
-        assert f"accuracy {right:.4f} " in lines[-1] and all(0 < float(row["probability"]) <= 1 for row in rows)
-        assert (policy == "center") == all(float(row["x_2"]) == float(row["y_2"]) == 0 for row in rows)
 
-    main.main([*shared, "--task", "view_glimpses", "--n_samples", "4"])
+    run(main, [*shared, "--task", "view_glimpses", "--n_samples", "4"])
     assert sorted(path.name for path in (tmp_path / "imgs").iterdir()) == [
         "contact_sheet.jpg",
         *(f"glimpse_{i}.jpg" for i in range(4)),
     ]
-    picture = draw_picture(np.random.default_rng(5), 90, 70)
-    picture.save(tmp_path / "photo.png")
+    image = draw_image(np.random.default_rng(5), 90, 70)
+    image.save(tmp_path / "photo.png")
     capsys.readouterr()
-    main.main(
-        [
-            "--save_dir",
-            str(out),
-            "--imgs_dir",
-            str(tmp_path / "imgs"),
-            "--task=predict",
-            "--images",
-            str(tmp_path / "photo.png"),
-        ]
-    )
+    folders = ["--save_dir", str(out), "--imgs_dir", str(tmp_path / "imgs")]
+    main.main([*folders, "--task=predict", "--images", str(tmp_path / "photo.png")])  # neither data nor other flags
     lines = capsys.readouterr().out.splitlines()
-    assert "photo.png" in lines[0] and len(lines) == 4  # there are three breeds to name
+    drawn = tmp_path / "imgs" / "predict_0_photo.jpg"
+    assert lines[0] == f"{tmp_path / 'photo.png'}: average of 7 (drawn in {drawn})"
+    assert len(lines) == 4  # there are three breeds to name
     assert sum(float(re.match(r"\s+([\d.]+)%", line)[1]) for line in lines[1:]) == pytest.approx(100, abs=0.2)
-    assert Image.open(tmp_path / "imgs" / "predict_0_photo.jpg").width > 500
+    assert Image.open(drawn).width > 500
 
 
 def test_both_scripts_learn_what_can_be_learned(make_data, save_dir: Path) -> None:
@@ -157,48 +181,49 @@ def test_both_scripts_learn_what_can_be_learned(make_data, save_dir: Path) -> No
         for file in folder.iterdir():
             Image.new("RGB", (64, 64), color).save(file)
     shared = ["--data_dir", str(data_dir), "--save_dir", str(save_dir), *SMALL, "--lr", "0.001"]
-    pretrain.main([*shared, *BACKBONE, "--epochs", "3"])
-    assert read(save_dir / "pt_glimpse_model.tar")["accuracy"] > 0.9
-    main.main([*shared, "--rnn_hidden", "16", "--k", "1", "--start_size", "2", "--epochs", "16"])
-    assert read(save_dir / "saved_model.tar")["accuracy"] > 0.9
+    run(pretrain, [*shared, *BACKBONE, "--epochs", "3", "--overwrite"])
+    assert read(save_dir / "pt_glimpse_model.tar")["metrics"]["valid_accuracy_123"] > 0.9
+    run(main, [*shared, "--rnn_hidden", "16", "--k", "1", "--start_size", "2", "--epochs", "16"])
+    assert read(save_dir / "saved_model.tar")["metrics"]["valid_accuracy"] > 0.9
 
 
 def test_heads_are_tested_as_they_were_saved(
     pretrain_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """With heads that always answer 0, 1, 2 and 0, on a list of two, three and four pictures of these breeds."""
-    pretrain.main([*pretrain_args, "--epochs", "1"])
+    """With heads that always predict 0, 1, 2 and 0, on a list of two, three and four images of these breeds."""
+    run(pretrain, [*pretrain_args, "--epochs", "1"])
     path, list_path = tmp_path / "out" / "pt_glimpse_model.tar", Path(pretrain_args[1]) / "lists" / "test_list.mat"
     checkpoint, names = read(path), [name.item() for name in loadmat(list_path)["file_list"].ravel()]
     assert (
         checkpoint["heads"].keys()
         == PretrainNetwork(backbone=build_backbone(ARCH), n_classes=3, patch_size=32).heads.state_dict().keys()
     )
-    for head, answer in enumerate((0, 1, 2, 0)):
-        checkpoint["heads"][f"{head}.3.bias"] = 1000 * torch.eye(3)[answer]
+    for head, prediction in enumerate((0, 1, 2, 0)):
+        checkpoint["heads"][f"{head}.3.bias"] = 1000 * torch.eye(3)[prediction]
     torch.save(checkpoint, path)
     kept = [names[i] for i in (0, 1, 3, 4, 5, 6, 7, 8)] + [names[6].replace("test_0", "train_0")]
     write_list(list_path, kept, [1, 1, 2, 2, 2, 3, 3, 3, 3])
-    given = [*pretrain_args[:-2], "--task=test"]  # which takes no --weights
+    given = fit(pretrain, [*pretrain_args, "--task=test"])
     capsys.readouterr()
     pretrain.main(given)
     assert capsys.readouterr().out.splitlines() == [
-        f"9 test pictures of {pretrain_args[1]}, backbone of epoch 1",
+        f"9 test images of {pretrain_args[1]}, backbone of epoch 1",
         "head 12   accuracy 0.2222",
         "head 13   accuracy 0.3333",
         "head 23   accuracy 0.4444",
         "head 123  accuracy 0.2222",
-        f"next: python main.py --data_dir {pretrain_args[1]} --save_dir {tmp_path / 'out'}",
+        f"next: python main.py --data_dir {pretrain_args[1]} --save_dir {tmp_path / 'out'} --valid_size 0.3",
     ]
-    assert "--resume_training" in refuses(pretrain.main, ["--task=test", "--resume_training"], capsys)
-    assert "--weights" in refuses(pretrain.main, [*given, "--weights", "none"], capsys)
-    assert "--arch" in fails(pretrain.main, [*given, "--arch", "resnet34"])
-    torch.save({**checkpoint, "arch": "resnet1"}, path)
-    assert "describes no network" in fails(pretrain.main, [*pretrain_args[:-6], "--task=test"])
+    assert "--resume_training" in refuses(pretrain, ["--task=test", "--resume_training"], capsys)
+    assert "--weights" in refuses(pretrain, [*given, "--weights", "none"], capsys)
+    assert "--arch" in fails(pretrain, [*given, "--arch", "resnet34"])
+    torch.save({**checkpoint, "settings": {**checkpoint["settings"], "arch": "resnet1"}}, path)
+    message = fails(pretrain, [*fit(pretrain, [*pretrain_args[:-6], "--task=test"])])
+    assert str(path) in message and "its setting arch: resnet1 is not one of resnet18" in message
     torch.save({key: value for key, value in checkpoint.items() if key != "heads"}, path)  # one of 2018 has no heads
-    assert "no entry heads" in fails(pretrain.main, given)
+    assert "no entry heads" in fails(pretrain, given)
     torch.save({**checkpoint, "data": {"class_names": ["cat"]}}, path)
-    assert "other classes" in fails(pretrain.main, given)
+    assert "other classes" in fails(pretrain, given)
 
 
 def test_probe_is_the_optimum_and_reads_what_is_there(make_data, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -214,58 +239,63 @@ def test_probe_is_the_optimum_and_reads_what_is_there(make_data, tmp_path: Path,
     for folder, color in zip(sorted((data_dir / "Images").iterdir()), ("red", "green", "blue")):
         for file in folder.iterdir():
             Image.new("RGB", (64, 64), color).save(file)
-    pretrain.main(["--data_dir", str(data_dir), "--save_dir", str(tmp_path / "out"), *SMALL, *BACKBONE, "--task=probe"])
+    run(pretrain, ["--data_dir", str(data_dir), "--save_dir", str(tmp_path / "out"), *SMALL, *BACKBONE, "--task=probe"])
     *_, accuracy, following = capsys.readouterr().out.splitlines()
     assert accuracy == "test accuracy 1.0000" and following.startswith("next: python pretrain.py --data_dir ")
     assert not (tmp_path / "out").exists()
     list_path = data_dir / "lists" / "test_list.mat"
     names = [name.item() for name in loadmat(list_path)["file_list"].ravel()]
     write_list(list_path, names[:8], [1] * 8)
-    message = fails(pretrain.main, ["--data_dir", str(data_dir), *SMALL, *BACKBONE, "--task=probe"])
-    assert "name other classes" in message
+    message = fails(pretrain, ["--data_dir", str(data_dir), *SMALL, *BACKBONE, "--task=probe"])
+    assert "the training and the test list of" in message and "different classes" in message
 
 
 def test_untrained_classifier_and_backbone_of_another_folder(
     main_args: list[str], save_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (save_dir / "pt_glimpse_model.tar").rename(tmp_path / "backbone.tar")
-    assert "--backbone" in fails(main.main, [*main_args, *MODEL])
+    assert "--backbone" in fails(main, [*main_args, *MODEL])
     given = [*main_args, *MODEL, "--backbone", str(tmp_path / "backbone.tar")]
-    main.main([*given, "--epochs", "0"])
+    run(main, [*given, "--epochs", "0"])
     untrained = read(save_dir / "saved_model.tar")
-    assert "saved_model.tar would be lost" in fails(main.main, [*given, "--epochs", "0"])
+    message = fails(main, [*given, "--epochs", "0"])
+    assert f"{save_dir} holds an earlier run (saved_model.tar): replace it with --overwrite" in message
     assert untrained["epoch"] == -1 and not (save_dir / "last.tar").exists()
     capsys.readouterr()
-    main.main([*main_args, "--task=test"])
+    run(main, [*main_args, "--task=test"])
     assert "classifier of epoch 0" in capsys.readouterr().out
-    for task in ("--task=test", "--resume_training"):
-        assert "--backbone" in refuses(main.main, [*main_args, task, "--backbone", "a.tar"], capsys)
-    main.main([*given, "--epochs", "1"])
+    assert "--task=predict needs --images" in fails(main, [*main_args, "--task=predict"])
+    test = fit(main, [*main_args, "--task=test"])
+    assert "--backbone has no effect on --task=test" in refuses(main, [*test, "--backbone", "a.tar"], capsys)
+    run(main, [*given, "--epochs", "1", "--overwrite"])
     trained = read(save_dir / "saved_model.tar")
+    message = fails(main, [*main_args, "--resume_training", "--backbone", "a.tar"])
+    assert f"--backbone a.tar contradicts {save_dir / 'last.tar'}" in message
+    run(main, [*given, "--resume_training", "--epochs", "1"])  # the same file may be named again
     assert (trained["model_dict"]["locate.first.weight"] != untrained["model_dict"]["locate.first.weight"]).any()
-    main.main([*main_args, "--resume_training", "--epochs", "0"])  # there is nothing left to do, nor to overwrite
+    run(main, [*main_args, "--resume_training", "--epochs", "0"])  # there is nothing left to do, nor to overwrite
     assert same(read(save_dir / "saved_model.tar"), trained)
 
 
 @pytest.mark.parametrize("batch_size", ["1", "5"])
 def test_batches_of_one_and_ragged_batches(main_args: list[str], save_dir: Path, batch_size: str) -> None:
-    """A bare squeeze crashed the 2018 code on a batch of one picture; 12 training pictures leave 2 after two fives."""
-    main.main([*main_args, *MODEL, "--batch_size", batch_size, "--epochs", "1"])
-    main.main([*main_args, "--task=test", "--batch_size", batch_size])
+    """A bare squeeze crashed the 2018 code on a batch of one image; 12 training images leave 2 after two fives."""
+    run(main, [*main_args, *MODEL, "--batch_size", batch_size, "--epochs", "1"])
+    run(main, [*main_args, "--task=test", "--batch_size", batch_size])
     assert read(save_dir / "last.tar")["epoch"] == 0
 
 
 def test_pretraining_survives_a_ragged_batch_of_one(pretrain_args: list[str], tmp_path: Path) -> None:
-    pretrain.main([*pretrain_args, "--batch_size", "11", "--epochs", "1"])  # 12 training pictures
+    run(pretrain, [*pretrain_args, "--batch_size", "11", "--epochs", "1"])  # 12 training images
     assert read(tmp_path / "out" / "pt_last.tar")["epoch"] == 0
 
 
 def test_every_policy_trains(main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture) -> None:
     for policy in ("center", "random"):
-        main.main([*main_args, *MODEL, "--policy", policy, "--epochs", "1"])
-        assert read(save_dir / "saved_model.tar")["policy"] == policy
+        run(main, [*main_args, *MODEL, "--policy", policy, "--epochs", "1", "--overwrite"])
+        assert read(save_dir / "saved_model.tar")["settings"]["policy"] == policy
         capsys.readouterr()
-        main.main([*main_args, "--task=test"])  # with the policy that it was trained with
+        run(main, [*main_args, "--task=test"])  # with the policy that it was trained with
         assert f"policy {policy}" in capsys.readouterr().out
 
 
@@ -281,13 +311,14 @@ def test_2018_checkpoint_is_accepted(zipped: bool, make_data, tmp_path: Path) ->
     path = tmp_path / "pt_glimpse_model.tar"
     torch.save({"model_dict": state}, path, _use_new_zipfile_serialization=zipped)
     folders = ["--data_dir", str(make_data(n_train=2, n_classes=2)), "--save_dir", str(tmp_path)]
-    main.main([*folders, *SMALL, "--epochs", "1", "--rnn_hidden", "8", "--k", "1", "--start_size", "4"])
-    made = read(tmp_path / "saved_model.tar")
-    assert (made["arch"], made["patch_size"]) == ("resnet50", 96)
+    run(main, [*folders, *SMALL, "--epochs", "1", "--rnn_hidden", "8", "--k", "1", "--start_size", "4"])
+    about = read(tmp_path / "saved_model.tar")["backbone"]
+    assert (about["arch"], about["patch_size"], about["file"]) == ("resnet50", 96, str(path))
+    assert about["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_backbone_in_the_checkpoint_is_the_pretrained_one(main_args: list[str], save_dir: Path) -> None:
-    main.main([*main_args, *MODEL, "--epochs", "2"])
+    run(main, [*main_args, *MODEL, "--epochs", "2"])
     backbone = build_backbone(ARCH)
     backbone.load_state_dict(read(save_dir / "pt_glimpse_model.tar")["model_dict"])
     before, after = fold_batchnorm(backbone).state_dict(), read(save_dir / "last.tar")["model_dict"]
@@ -296,81 +327,182 @@ def test_backbone_in_the_checkpoint_is_the_pretrained_one(main_args: list[str], 
 
 def test_best_checkpoints_are_of_the_best_epoch(main_args: list[str], pretrain_args: list[str], save_dir: Path) -> None:
     out = Path(pretrain_args[3])
-    pretrain.main([*pretrain_args, "--epochs", "3", "--lr", "0.01"])
-    main.main([*main_args, *MODEL, "--epochs", "4"])
-    for best, log, column in (
-        (out / "pt_glimpse_model.tar", out / "pt_log.csv", "valid_acc_123"),
-        (save_dir / "saved_model.tar", save_dir / "log.csv", "valid_probability"),
+    run(pretrain, [*pretrain_args, "--epochs", "3", "--lr", "0.01"])
+    run(main, [*main_args, *MODEL, "--epochs", "4"])
+    for best, log in (
+        (out / "pt_glimpse_model.tar", out / "pt_log.csv"),
+        (save_dir / "saved_model.tar", save_dir / "log.csv"),
     ):
-        found, rows = [float(row[column]) for row in read_log(log)], read_log(log)
-        assert read(best)["epoch"] == found.index(max(found))
-        accuracy = rows[read(best)["epoch"]]["valid_acc_123" if log.name == "pt_log.csv" else "valid_accuracy"]
-        assert read(best)["accuracy"] == pytest.approx(float(accuracy), rel=1e-5)
+        rows = read_log(log)
+        found = [float(row["valid_nll"]) for row in rows]
+        assert read(best)["epoch"] == found.index(min(found))
+        metrics = {name: float(value) for name, value in rows[read(best)["epoch"]].items() if name != "epoch"}
+        assert read(best)["metrics"] == pytest.approx(metrics, rel=1e-5)
 
 
-def test_best_classifier_is_the_surest_of_the_truth(
+def test_best_classifier_has_the_lowest_nll(
     main_args: list[str], save_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Accuracy of a few pictures is a poor judge: here it is the same in all epochs."""
-    surest = iter((0.4, 0.8, 0.6))
+    """Accuracy on a few images is a poor criterion: here it is the same in all epochs."""
+    values = iter((0.4, 0.8, 0.6))
     real = main.evaluate
 
-    def evaluate(*given: object) -> main.Answers:
-        answers, probability = real(*given), next(surest)
-        probabilities = torch.full_like(answers.probabilities, (1 - probability) / 2)
-        probabilities[torch.arange(len(answers.labels)), :, answers.labels] = probability
-        return answers._replace(probabilities=probabilities)
+    def evaluate(net: torch.nn.Module, loader: torch.utils.data.DataLoader, *given: object) -> list[torch.Tensor]:
+        (probabilities, location), value = real(net, loader, *given), next(values)
+        probabilities = torch.full_like(probabilities, (1 - value) / 2)
+        labels = torch.tensor(loader.dataset.images.labels)
+        probabilities[torch.arange(len(labels)), :, :, labels] = value
+        return [probabilities, location]
 
     monkeypatch.setattr(main, "evaluate", evaluate)
-    main.main([*main_args, *MODEL, "--epochs", "3"])
+    run(main, [*main_args, *MODEL, "--epochs", "3"])
     best = read(save_dir / "saved_model.tar")
-    assert best["epoch"] == 1 and best["accuracy"] == 1
-    assert [float(row["valid_probability"]) for row in read_log(save_dir / "log.csv")] == [0.4, 0.8, 0.6]
+    assert best["epoch"] == 1 and best["metrics"]["valid_accuracy"] == 1
+    nll = [float(row["valid_nll"]) for row in read_log(save_dir / "log.csv")]
+    assert nll == pytest.approx([-math.log(0.4), -math.log(0.8), -math.log(0.6)], rel=1e-5)
+    assert read(save_dir / "last.tar")["best_score"] == pytest.approx(-math.log(0.8))
 
 
 def test_view_glimpses_draws_the_deterministic_trajectory(
     main_args: list[str], save_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The 2018 code drew boxes at a location averaged over ten sampled trajectories."""
-    main.main([*main_args, *MODEL, "--epochs", "1"])
-    drawn = []
-    real = main.draw_panel
-    monkeypatch.setattr(main, "draw_panel", lambda *given: drawn.append(given) or real(*given))
-    main.main([*main_args, "--task=view_glimpses", "--n_samples", "5"])
-    checkpoint = read(save_dir / "saved_model.tar")
-    net = main.build_model(checkpoint, 3, save_dir).eval()
-    net.load_state_dict(checkpoint["model_dict"])
-    assert len(drawn) == 5 and len({caption for *_, caption, _ in drawn}) > 1
-    for canvas, location, attention, scales, patch_size, caption, answers in drawn:
-        rollout = net(canvas.unsqueeze(0), torch.zeros(1, 1, 2, 2))
+    run(main, [*main_args, *MODEL, "--epochs", "1"])
+    drawn = collect_panels(monkeypatch)
+    run(main, [*main_args, "--task=view_glimpses", "--n_samples", "5"])
+    net = load(save_dir)
+    images = dataset.read_list(main_args[1], "test")
+    names = [file.name for file in images.files]
+    chosen = main.fixed_choice(len(names), 5, seed=0)
+    assert len(drawn) == 5 and len({caption for *_, caption, _ in drawn}) == 5
+    for index, (canvas, location, attention, scales, patch_size, caption, predictions) in zip(chosen, drawn):
+        rollout = net(canvas.unsqueeze(0), torch.zeros(1, 1, 2, 2), "learned")
         assert torch.allclose(location, rollout.location[0, 0], atol=1e-5) and (scales, patch_size) == ((1, 2), 32)
         assert torch.allclose(attention, rollout.attention[0, 0], atol=1e-5)
         probabilities = rollout.logits[0, 0].softmax(-1)  # [T, C]
-        said = [f"toy breed {p.argmax() + 1} ({p.max():.2f})" for p in probabilities]
-        assert answers == said  # after each glimpse
-        predicted, true = re.fullmatch(r"predicted (.*), true (.*)", caption).groups()
-        truth = int(re.fullmatch(r"toy breed (\d) \([01]\.\d\d\)", true)[1])
-        assert predicted == said[-1] and true == f"toy breed {truth} ({probabilities[-1, truth - 1]:.2f})"
+        wanted = [f"toy breed {p.argmax() + 1} ({p.max():.2f})" for p in probabilities]
+        assert predictions == wanted  # after each glimpse
+        title, text = caption.split("\n")
+        assert title == f"{names[index]}: learned policy, deterministic trajectory"
+        predicted, true = re.fullmatch(r"predicted (.*), true (.*)", text).groups()
+        truth = images.labels[index]
+        assert predicted == wanted[-1] and true == f"toy breed {truth + 1} ({probabilities[-1, truth]:.2f})"
+
+
+def test_each_policy_has_tables_of_its_own(main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    """Their rows give the figures that are printed, and the locations are those of the predictions beside them."""
+    run(main, [*main_args, *MODEL, "--epochs", "1"])
+    images, net = dataset.read_list(main_args[1], "test"), load(save_dir)
+    names = [images.class_names[label] for label in images.labels]
+    canvases = dataset.ImageDataset(images, net.glimpse.canvas_size)
+    with torch.no_grad():
+        rollout = net(torch.stack([canvas for canvas, *_ in canvases]), torch.zeros(9, 1, 2, 2), "learned")
+    tables = {}
+    for policy, wanted in (
+        ("learned", ("deterministic", "average of 3")),
+        ("center", ("deterministic",)),
+        ("random", ("average of 3",)),
+    ):
+        capsys.readouterr()
+        run(main, [*main_args, "--task=test", f"--policy={policy}", "--n_trajectories=3"])
+        report = capsys.readouterr().out
+        rows, classes = (read_log(save_dir / f"{table}_{policy}.csv") for table in ("predictions", "per_class"))
+        tables[policy] = rows
+        assert list(dict.fromkeys(row["estimate"] for row in rows)) == list(wanted) and len(rows) == 9 * len(wanted)
+        assert list(rows[0])[:5] == ["file", "estimate", "true_class", "predicted_class", "probability"]
+        for estimate in wanted:
+            mine = [row for row in rows if row["estimate"] == estimate]
+            assert [Path(main_args[1], row["file"]) for row in mine] == images.files
+            assert [row["true_class"] for row in mine] == names
+            assert all(1 / 3 <= float(row["probability"]) <= 1 for row in mine)
+            correct = [row["true_class"] == row["predicted_class"] for row in mine]
+            figures = find_result(report, f"policy {policy}", estimate)
+            assert figures["accuracy"] == pytest.approx(sum(correct) / 9, abs=1e-4)
+            per_class = [float(row[estimate.replace(" ", "_")]) for row in classes]
+            assert figures["mean_per_class"] == pytest.approx(sum(per_class) / 3, abs=1e-4)
+            places = [[row[f"{axis}_{t}"] for t in (1, 2) for axis in "xy"] for row in mine]
+            if estimate != "deterministic":
+                assert not any(map(any, places))
+            elif policy == "center":
+                assert {float(place) for row in places for place in row} == {0}
+            else:
+                places = torch.tensor([list(map(float, row)) for row in places])
+                assert torch.allclose(places, rollout.location.flatten(1), atol=1e-3) and places.abs().min() > 0
+                probability = rollout.logits[:, 0, -1].softmax(-1).max(-1).values
+                assert [float(row["probability"]) for row in mine] == pytest.approx(probability.tolist(), abs=1e-3)
+        estimates = [name.replace("_", " ") for name in classes[0]][2:]
+        printed = re.findall(rf"^policy {policy} +(\w+ \w+ \d|\w+ \w+|\w+)  +accuracy", report, re.MULTILINE)
+        assert estimates == printed
+    assert tables["learned"] == read_log(save_dir / "predictions_learned.csv")  # still there
+
+
+def test_panels_show_what_the_policy_uses(
+    main_args: list[str], save_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fixed policies use no attention; drawings of an earlier, longer choice are removed, and nothing else is."""
+    run(main, [*main_args, *MODEL, "--epochs", "0"])
+    drawn, imgs = collect_panels(monkeypatch), tmp_path / "imgs"
+    imgs.mkdir()
+    mine = [imgs / name for name in ("glimpse_of_my_dog.jpg", "predict_0_photo.jpg", "glimpse_9.txt")]
+    for path in mine:
+        path.write_text("not of view_glimpses")
+    for policy, n_samples, trajectory in (("center", 4, "deterministic"), ("random", 2, "sampled")):
+        drawn.clear()
+        run(main, [*main_args, "--task=view_glimpses", f"--policy={policy}", f"--n_samples={n_samples}"])
+        assert len(drawn) == n_samples and all(attention is None for _, _, attention, *_ in drawn)
+        assert all((location == 0).all() == (policy == "center") for _, location, *_ in drawn)
+        files = [file.name for file in dataset.read_list(main_args[1], "test").files]
+        chosen = [files[i] for i in main.fixed_choice(9, n_samples, 0)]
+        titles = [caption.partition("\n")[0] for *_, caption, _ in drawn]
+        assert titles == [f"{name}: {policy} policy, {trajectory} trajectory" for name in chosen]
+        numbered = {f"glimpse_{i}.jpg" for i in range(n_samples)}
+        assert {path.name for path in imgs.iterdir()} == {*numbered, "contact_sheet.jpg", *(p.name for p in mine)}
+
+
+def test_predict_draws_and_labels_the_deterministic_trajectory(
+    main_args: list[str], save_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """What is printed is the average over all trajectories, and says so."""
+    run(main, [*main_args, *MODEL, "--std_dev", "3", "--epochs", "1"])
+    draw_image(np.random.default_rng(5), 90, 90).save(tmp_path / "photo.png")
+    drawn = collect_panels(monkeypatch)
+    capsys.readouterr()
+    run(main, [*main_args, "--task=predict", "--n_trajectories=4", "--images", str(tmp_path / "photo.png")])
+    lines = capsys.readouterr().out.splitlines()
+    [(canvas, location, attention, _, _, caption, predictions)] = drawn
+    noise = main.evaluation_noise("learned", 1, 4, 2, seed=0)
+    with torch.no_grad():
+        rollout = load(save_dir)(canvas.unsqueeze(0), noise, "learned")
+    assert torch.allclose(location, rollout.location[0, 0], atol=1e-5)
+    assert torch.allclose(attention, rollout.attention[0, 0], atol=1e-5)
+    probabilities = rollout.logits[0, :, -1].softmax(-1)  # [5, C]
+    alone, average = probabilities[0], probabilities[1:].mean(0)
+    title, text = caption.split("\n")
+    assert f"({average.max():.2f})" not in text  # so that one cannot be taken for the other
+    assert title == "photo.png: learned policy, deterministic trajectory"
+    assert text == f"predicted {predictions[-1]}" == f"predicted toy breed {alone.argmax() + 1} ({alone.max():.2f})"
+    assert lines[0].startswith(f"{tmp_path / 'photo.png'}: average of 4 (drawn in ")
+    assert lines[1].split()[0] == f"{average.max():.1%}"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_checkpoint_opens_without_one(main_args: list[str], save_dir: Path) -> None:
     """As the 2018 files did not."""
     words = [word for word in main_args if word not in ("--device", "cpu")]
-    main.main([*words, *MODEL, "--epochs", "1", "--device", "cuda"])
+    run(main, [*words, *MODEL, "--epochs", "1", "--device", "cuda"])
     assert not any(value.is_cuda for value in read(save_dir / "saved_model.tar")["model_dict"].values())
-    main.main([*main_args, "--resume_training", "--epochs", "2"])
+    run(main, [*main_args, "--resume_training", "--epochs", "2"])
 
 
-def test_training_opens_no_test_picture(pretrain_args: list[str], main_args: list[str], make_data) -> None:
+def test_training_opens_no_test_image(pretrain_args: list[str], main_args: list[str], make_data) -> None:
     """The 2018 code validated on the test list. Here it is not even read: without it, training runs all the same."""
     data_dir = Path(main_args[1])
     for file in (data_dir / "Images").glob("*/test_*.jpg"):
         file.write_text("whoever opens this fails")
     (data_dir / "lists" / "test_list.mat").write_text("whoever reads this fails")
-    pretrain.main([*pretrain_args, "--epochs", "1"])
-    main.main([*main_args, *MODEL, "--epochs", "1"])
-    assert "test_list.mat cannot be read" in fails(main.main, [*main_args, "--task=test"])
+    run(pretrain, [*pretrain_args, "--epochs", "1"])
+    run(main, [*main_args, *MODEL, "--epochs", "1"])
+    assert "test_list.mat cannot be read" in fails(main, [*main_args, "--task=test"])
 
 
 @pytest.mark.parametrize(
@@ -389,8 +521,8 @@ def test_resumed_training_is_the_uninterrupted_one(
 ) -> None:
     main_args = [*main_args, "--num_workers", num_workers]
     flags = [*main_args, *MODEL, "--policy", policy]
-    main.main([*flags, "--epochs", "4"])
-    straight, log = read(save_dir / "last.tar"), (save_dir / "log.csv").read_text()
+    run(main, [*flags, "--epochs", "4"])
+    straight, log = read(save_dir / "last.tar"), read_log(save_dir / "log.csv")
     best = read(save_dir / "saved_model.tar")
 
     def interrupt(machine: utils.Machine, text: str) -> None:
@@ -398,12 +530,12 @@ def test_resumed_training_is_the_uninterrupted_one(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(utils.Machine, "say", interrupt)
-        main.main([*flags, "--epochs", "4"])
+        patch.setattr(utils.Machine, "print", interrupt)
+        run(main, [*flags, "--epochs", "4", "--overwrite"])
     assert read(save_dir / "last.tar")["epoch"] == 1
-    main.main([*main_args, "--lr", "0.01", "--epochs", "4", "--resume_training=True"])  # architecture from the file
-    assert same(straight, read(save_dir / "last.tar")) and log == (save_dir / "log.csv").read_text()
-    assert same(best, read(save_dir / "saved_model.tar"))
+    run(main, [*main_args, "--lr", "0.01", "--epochs", "4", "--resume_training=True"])  # architecture from the file
+    assert same_result(straight, read(save_dir / "last.tar")) and same_result(log, read_log(save_dir / "log.csv"))
+    assert same_result(best, read(save_dir / "saved_model.tar"))
 
 
 @pytest.mark.parametrize("num_workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
@@ -411,11 +543,137 @@ def test_resumed_pretraining_is_the_uninterrupted_one(
     num_workers: str, pretrain_args: list[str], tmp_path: Path
 ) -> None:
     out, pretrain_args = tmp_path / "out", [*pretrain_args, "--num_workers", num_workers]
-    pretrain.main([*pretrain_args, "--epochs", "2"])
-    straight, log = read(out / "pt_last.tar"), (out / "pt_log.csv").read_text()
-    pretrain.main([*pretrain_args, "--epochs", "1"])
-    pretrain.main([*pretrain_args, "--epochs", "2", "--resume_training"])
-    assert same(straight, read(out / "pt_last.tar")) and log == (out / "pt_log.csv").read_text()
+    run(pretrain, [*pretrain_args, "--epochs", "2"])
+    straight, log = read(out / "pt_last.tar"), read_log(out / "pt_log.csv")
+    run(pretrain, [*pretrain_args, "--epochs", "1", "--overwrite"])
+    run(pretrain, [*pretrain_args, "--epochs", "2", "--resume_training"])
+    assert same_result(straight, read(out / "pt_last.tar")) and same_result(log, read_log(out / "pt_log.csv"))
+
+
+@pytest.fixture(params=["pretrain", "main"])
+def training(request: pytest.FixtureRequest) -> tuple[ModuleType, list[str], Path]:
+    """Each of the scripts, flags for a short run of it, and the folder of its files."""
+    if request.param == "pretrain":
+        argv = request.getfixturevalue("pretrain_args")
+        return pretrain, argv, Path(argv[3])
+    return main, [*request.getfixturevalue("main_args"), *MODEL], request.getfixturevalue("save_dir")
+
+
+def test_earlier_run_is_replaced_only_on_demand(training: tuple[ModuleType, list[str], Path]) -> None:
+    script, argv, folder = training
+    run(script, [*argv, "--epochs", "2"])
+    paths = [folder / name for name in script.FILES]
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    message = fails(script, [*argv, "--seed", "1", "--epochs", "1"])
+    assert f"{folder} holds an earlier run ({', '.join(script.FILES)})" in message
+    assert "--resume_training=True" in message and "--overwrite" in message
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+
+    run(script, [*argv, "--seed", "1", "--epochs", "1", "--overwrite"])
+    best, last = (read(path) for path in paths[:2])
+    for content in (best, last):
+        assert (content["settings"]["seed"], content["settings"]["epochs"], content["epoch"]) == (1, 1, 0)
+    assert [row["epoch"] for row in read_log(paths[2])] == ["1"] == [str(row["epoch"]) for row in last["log"]]
+    assert set(folder.iterdir()) == before.keys()
+
+    paths[1].unlink()  # now there is nothing to resume from
+    message = fails(script, [*argv, "--epochs", "1"])
+    assert f"({script.FILES[0]}, {script.FILES[2]})" in message
+    assert "--resume_training" not in message and "--overwrite" in message
+
+
+def test_untrained_network_replaces_the_whole_run(training: tuple[ModuleType, list[str], Path]) -> None:
+    """Otherwise the earlier run could be resumed beside a best checkpoint that is not its own."""
+    script, argv, folder = training
+    run(script, [*argv, "--epochs", "1"])
+    run(script, [*argv, "--epochs", "0", "--overwrite"])
+    untrained = read(folder / script.FILES[0])
+    assert (untrained["epoch"], untrained["metrics"], untrained["settings"]["epochs"]) == (-1, {}, 0)
+    assert not any((folder / name).exists() for name in script.FILES[1:])
+
+
+def test_replaced_run_is_not_resumed(
+    training: tuple[ModuleType, list[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the run that replaces it is stopped after its first best checkpoint."""
+    script, argv, folder = training
+    run(script, [*argv, "--epochs", "1"])
+    real = utils.save_checkpoint
+
+    def stop(path: Path, content: dict) -> None:
+        if path.name == script.FILES[1]:
+            raise KeyboardInterrupt
+        real(path, content)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(utils, "save_checkpoint", stop)
+        run(script, [*argv, "--epochs", "2", "--seed", "1", "--overwrite"])
+    assert read(folder / script.FILES[0])["settings"]["seed"] == 1
+    assert f"{script.FILES[1]} not found" in fails(script, [*argv, "--resume_training", "--epochs", "2"])
+
+
+def test_resuming_restores_every_setting(training: tuple[ModuleType, list[str], Path]) -> None:
+    script, argv, folder = training
+    flags = ["--epochs", "1", "--valid_size", "0.5", "--lr", "0.02", "--batch_size", "5", "--seed", "3"]
+    if script is main:
+        flags += ["--lr_schedule", "constant", "--attention_lr", "0.03", "--supervision", "last", "--policy", "random"]
+        flags += ["--std_dev", "0.3", "--backbone", str(folder / "pt_glimpse_model.tar")]
+    run(script, [*argv, *flags])
+    before = read(folder / script.FILES[1])
+    given = {**before["settings"]}
+    for name, value in zip(flags[::2], flags[1::2]):
+        assert str(given.pop(name[2:])) == value
+    assert given.pop("data_dir") == argv[1] and given.pop("precision") == "fp32"
+    defaults = script.Settings()
+    network = dict(zip(MODEL[::2], MODEL[1::2])) if script is main else dict(zip(BACKBONE[::2], BACKBONE[1::2]))
+    for name, value in given.items():
+        assert str(value) == network.get(f"--{name}", str(getattr(defaults, name)))
+
+    where = ["--save_dir", str(folder), "--device", "cpu", "--num_workers", "0"]
+    script.main([*where, "--resume_training", "--epochs", "2"])
+    after = read(folder / script.FILES[1])
+    assert after["settings"] == {**before["settings"], "epochs": 2} and after["data"] == before["data"]
+    rates = [group["lr"] for group in after["optimizer"]["param_groups"]]
+    assert rates == ([0.02, 0.03] if script is main else [0.02])
+    assert [row["epoch"] for row in after["log"]] == [1, 2]
+    script.main([*where, "--task=test"])  # on the same data
+
+
+@pytest.mark.parametrize("task", ["train", "test"])
+def test_printed_command_trains_on_the_same_split(
+    task: str, pretrain_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--valid_size", "0.5", "--epochs", "1", "--lr", "0.02", "--seed", "3"]
+    run(pretrain, [*pretrain_args, *flags])
+    if task == "test":
+        capsys.readouterr()
+        pretrain.main(["--save_dir", str(tmp_path / "out"), "--num_workers", "0", "--device", "cpu", "--task=test"])
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: python main.py ")]
+    words = shlex.split(line)[3:]
+    small = ["--rnn_hidden", "8", "--k", "1", "--start_size", "4", "--num_workers", "0", "--device", "cpu"]
+    main.main([*words, *small, *(["--epochs", "1", "--batch_size", "4"] if task == "test" else [])])
+    last, backbone = read(tmp_path / "out" / "last.tar"), read(tmp_path / "out" / "pt_last.tar")
+    assert last["data"] == backbone["data"] and last["data"]["validation_images"] == 9 and last["epoch"] == 0
+    names = ["data_dir", "valid_size", "epochs", "batch_size", *(["lr", "seed"] if task == "train" else [])]
+    assert [last["settings"][name] for name in names] == [backbone["settings"][name] for name in names]
+
+
+def test_restart_of_the_cosine_schedule_is_announced(
+    main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run(main, [*main_args, *MODEL, "--epochs", "3"])
+    assert "note:" not in capsys.readouterr().out
+    run(main, [*main_args, "--resume_training", "--epochs", "6"])
+    lines = capsys.readouterr().out.splitlines()
+    [note] = [i for i, line in enumerate(lines) if line.startswith("note: the cosine schedule")]
+    assert "6 epochs, not 3" in lines[note] and "from 0.0025 to 0.005" in lines[note]
+    epochs = [i for i, line in enumerate(lines) if re.match(r"epoch \d/6", line)]
+    assert len(epochs) == 3 and note < epochs[0]
+    rates = [float(row["lr"]) for row in read_log(save_dir / "log.csv")]
+    assert rates[2:4] == pytest.approx([0.0025, 0.005], rel=1e-5)
+    for flags in (["--epochs", "6"], ["--epochs", "7", "--lr_schedule", "constant"]):
+        run(main, [*main_args, "--resume_training", *flags])
+        assert "note:" not in capsys.readouterr().out
 
 
 # --- several processes
@@ -423,9 +681,9 @@ def test_resumed_pretraining_is_the_uninterrupted_one(
 
 @pytest.fixture
 def run_by_two(tmp_path: Path) -> Callable[[str, list[str]], str]:
-    """Runs a script in two processes, with what torchrun tells them, and returns what they print."""
+    """Runs a script in two processes, in the environment that torchrun gives them, and returns what they print."""
 
-    def run(script: str, argv: list[str]) -> str:
+    def run_both(script: str, argv: list[str]) -> str:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -435,7 +693,7 @@ def run_by_two(tmp_path: Path) -> Callable[[str, list[str]], str]:
         assert [finish(process) for process in started] == [0, 0], [path.read_text() for path in printed]
         return "".join(path.read_text() for path in printed)
 
-    return run
+    return run_both
 
 
 def test_two_processes_train_and_evaluate_as_one(
@@ -444,12 +702,12 @@ def test_two_processes_train_and_evaluate_as_one(
     """A single process loads the checkpoint, and its figures are the same."""
     flags = [*main_args, *MODEL, "--n_glimpses", "1", "--epochs", "2"]
     assert run_by_two("main", flags).count("epoch 2/2") == 1
-    logs = [read_log(save_dir / "log.csv")]
+    logs = [without_seconds(read_log(save_dir / "log.csv"))]
     tested = run_by_two("main", [*main_args, "--task=test"])
-    main.main([*main_args, "--task=test"])
-    assert tested == capsys.readouterr().out and "9 test pictures" in tested  # dealt out as 5 and 4
-    main.main(flags)
-    logs.append(read_log(save_dir / "log.csv"))
+    run(main, [*main_args, "--task=test"])
+    assert tested == capsys.readouterr().out and "9 test images" in tested  # in shards of 5 and 4
+    run(main, [*flags, "--overwrite"])
+    logs.append(without_seconds(read_log(save_dir / "log.csv")))
     for together, alone in zip(*logs, strict=True):
         together, alone = ({name: float(value) for name, value in row.items()} for row in (together, alone))
         assert together == pytest.approx(alone, abs=2e-3)  # Adam's first steps magnify rounding
@@ -463,7 +721,8 @@ def test_two_processes_do_not_wait_for_unused_attention(main_args: list[str], sa
     save_backbone(save_dir / "pt_glimpse_model.tar", "resnet18")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = ["--rnn_hidden", "16", "--k", "1", "--start_size", "4", "--policy", "center", "--epochs", "2"]
-    done = subprocess.run([*launch, str(ROOT / "main.py"), *main_args, *flags], capture_output=True, text=True)
+    argv = fit(main, [*main_args, *flags])
+    done = subprocess.run([*launch, str(ROOT / "main.py"), *argv], capture_output=True, text=True)
     assert done.returncode == 0 and read(save_dir / "last.tar")["epoch"] == 1, done.stderr
 
 
@@ -472,25 +731,26 @@ def test_two_processes_pretrain_what_they_validate(pretrain_args: list[str], run
     out = tmp_path / "out"
     run_by_two("pretrain", [*pretrain_args, "--epochs", "1"])
     row = read_log(out / "pt_log.csv")[0]
-    machine = utils.set_up_machine("cpu", None, "fp32")
+    machine = utils.set_up_machine("cpu", "", "fp32")
     net = PretrainNetwork(backbone=build_backbone(ARCH), n_classes=3, patch_size=32)
     net.load_state_dict(read(out / "pt_last.tar")["model_dict"])
     loading = {"canvas_size": 128, "batch_size": 4, "num_workers": 0}
-    lists = dataset.split_list(dataset.read_list(pretrain_args[1], "train"), 0.3)
-    _, loader = dataset.make_training_loaders(*lists, seed=0, rank=0, world_size=1, drop_last=True, **loading)
+    _, valid = dataset.split_list(dataset.read_list(pretrain_args[1], "train"), 0.3)
+    loader = dataset.make_loader(valid, range(len(valid.files)), **loading)
     alone = pretrain.evaluate(utils.wrap(net, machine), loader, machine, "")
+    assert alone.keys() == {"loss", "nll", *(f"accuracy_{head}" for head in HEADS)}
     for name, value in alone.items():
         assert float(row[f"valid_{name}"]) == pytest.approx(value, rel=1e-4)
 
 
-def test_batches_that_cannot_be_shared_out(pretrain_args: list[str], make_data) -> None:
+def test_batches_that_cannot_be_divided(pretrain_args: list[str], make_data) -> None:
     machine = utils.Machine(torch.device("cpu"), [], "fp32", 0, 3)
     with pytest.raises(utils.UserError, match="--batch_size 7 is not a multiple of the 3 processes"):
         machine.loading(7, 0)
-    assert "--batch_size 1 leaves one picture" in fails(pretrain.main, [*pretrain_args, "--batch_size", "1"])
-    pictures = dataset.read_list(make_data(), "test")
-    with pytest.raises(dataset.DataError, match="more processes than pictures"):
-        dataset.make_loader(pictures, range(20, 9, 21), canvas_size=32, batch_size=4, num_workers=0)
+    assert "--batch_size 1 leaves one image" in fails(pretrain, [*pretrain_args, "--batch_size", "1"])
+    images = dataset.read_list(make_data(), "test")
+    with pytest.raises(utils.UserError, match="more processes than images"):
+        dataset.make_loader(images, range(20, 9, 21), canvas_size=32, batch_size=4, num_workers=0)
 
 
 def test_threads_of_data_parallel_compute_in_bfloat16() -> None:
@@ -511,120 +771,141 @@ def test_threads_of_data_parallel_compute_in_bfloat16() -> None:
 
 def test_flags_are_refused_by_name(capsys: pytest.CaptureFixture) -> None:
     for script, flag, value in (
-        (pretrain.main, "--patch_size", "48"),
-        (pretrain.main, "--patch_size", "0"),
-        (pretrain.main, "--valid_size", "1"),
-        (pretrain.main, "--valid_size", "0"),
-        (pretrain.main, "--valid_size", "nan"),
-        (pretrain.main, "--lr", "-1"),
-        (pretrain.main, "--batch_size", "-4"),
-        (pretrain.main, "--seed", str(2**64)),
-        (pretrain.main, "--arch", "vgg16"),
-        (pretrain.main, "--resume_training", "maybe"),
-        (main.main, "--batch_size", "0"),
-        (main.main, "--k", "two"),
-        (main.main, "--std_dev", "0"),
-        (main.main, "--epochs", "1.5"),
-        (main.main, "--n_samples", "0"),
-        (main.main, "--num_workers", "-1"),
-        (main.main, "--gpus", "0,00"),
-        (main.main, "--gpus", "first"),
-        (main.main, "--policy", "best"),
-        (main.main, "--seed", "-1"),
-        (main.main, "--epochs", "-1"),
-        (pretrain.main, "--epochs", "0"),
-        (main.main, "--attention_lr", "0"),
-        (main.main, "--lr_schedule", "linear"),
-        (main.main, "--supervision", "first"),
+        (pretrain, "--patch_size", "48"),
+        (pretrain, "--patch_size", "0"),
+        (pretrain, "--valid_size", "1"),
+        (pretrain, "--valid_size", "0"),
+        (pretrain, "--valid_size", "nan"),
+        (pretrain, "--lr", "-1"),
+        (pretrain, "--batch_size", "-4"),
+        (pretrain, "--seed", str(2**64)),
+        (pretrain, "--arch", "vgg16"),
+        (pretrain, "--resume_training", "maybe"),
+        (main, "--batch_size", "0"),
+        (main, "--k", "two"),
+        (main, "--std_dev", "0"),
+        (main, "--epochs", "1.5"),
+        (main, "--n_samples", "0"),
+        (main, "--num_workers", "-1"),
+        (main, "--gpus", "0,00"),
+        (main, "--gpus", "first"),
+        (main, "--gpus", "a0,b1"),
+        (main, "--gpus", "-1"),
+        (main, "--gpus", "0,,1"),
+        (main, "--policy", "best"),
+        (main, "--seed", "-1"),
+        (main, "--epochs", "-1"),
+        (pretrain, "--epochs", "-1"),
+        (main, "--attention_lr", "0"),
+        (main, "--lr_schedule", "linear"),
+        (main, "--supervision", "first"),
     ):
         assert flag in refuses(script, [flag, value], capsys)
-    assert "--images" in refuses(main.main, ["--task=predict"], capsys)
-    assert "--images" in refuses(main.main, ["--images", "a.jpg"], capsys)
-    assert "--resume_training" in refuses(main.main, ["--task=test", "--resume_training"], capsys)
-    assert "--no_such_flag" in refuses(main.main, ["--no_such_flag"], capsys)
-    assert "--n_glimps" in refuses(main.main, ["--n_glimps", "2"], capsys)  # no abbreviations
+    assert "--images" in refuses(main, ["--images", "a.jpg"], capsys)
+    assert "--resume_training" in refuses(main, ["--task=test", "--resume_training"], capsys)
+    assert "--no_such_flag" in refuses(main, ["--no_such_flag"], capsys)
+    for flag in ("--arch", "--patch_size"):
+        assert f"{flag}: it is the backbone's: choose it in pretrain.py" in refuses(main, [flag, "1"], capsys)
+    assert "--n_glimps" in refuses(main, ["--n_glimps", "2"], capsys)  # no abbreviations
 
 
 def test_spellings_of_flags() -> None:
-    for words, value in (([], False), (["--resume_training"], True), (["--resume_training=True"], True)):
-        assert main.parse_args(words).resume_training is value
-    assert main.parse_args(["--resume_training", "false"]).resume_training is False
-    assert main.parse_args(["--k=3"]).k == main.parse_args(["--k", "3"]).k == 3
-    assert main.parse_args(["--gpus", "0,2"]).gpus == [0, 2]
+    def given(*words: str) -> dict[str, object]:
+        return utils.parse_flags(main.Settings, main.__doc__, [*words])
+
+    assert given() == {} and main.Settings().resume_training is False
+    for words in (["--resume_training"], ["--resume_training=True"], ["--resume_training", "true"]):
+        assert given(*words) == {"resume_training": True}
+    assert given("--resume_training", "false") == {"resume_training": False}
+    assert given("--k=3") == given("--k", "3") == {"k": 3}
+    assert given("--gpus", "0,2") == {"gpus": "0,2"} and utils.choose_gpus("0,2", 3, None) == [0, 2]
+    assert given("--task", "predict", "--images", "a.jpg", "b") == {
+        "task": "predict",
+        "images": [Path("a.jpg"), Path("b")],
+    }
 
 
 def test_bad_data_ends_with_one_line(main_args: list[str], tmp_path: Path) -> None:
     data_dir = Path(main_args[1])
     elsewhere = [*main_args, "--data_dir", str(tmp_path / "nowhere")]
-    for script in (pretrain.main, main.main):
-        assert "data/toy_dogs.py" in fails(
-            script, elsewhere[:2] + elsewhere[-2:] if script is pretrain.main else elsewhere
-        )
+    for script in (pretrain, main):
+        assert "data/toy_dogs.py" in fails(script, elsewhere[:2] + elsewhere[-2:] if script is pretrain else elsewhere)
     victim = sorted((data_dir / "Images").glob("*/train_*.jpg"))[3]
-    victim.write_bytes(b"no picture")
+    victim.write_bytes(b"no image")
     for workers in ("0", "1"):
-        message = fails(main.main, [*main_args, *MODEL, "--epochs", "1", "--num_workers", workers])
-        assert message.startswith(f"error: picture {victim} cannot be read")
+        message = fails(main, [*main_args, *MODEL, "--epochs", "1", "--num_workers", workers])
+        assert message.startswith(f"error: image {victim} cannot be read")
     victim.unlink()
-    assert f"1 of the 18 pictures in {data_dir}" in fails(main.main, [*main_args, *MODEL])
+    assert f"1 of the 18 images in {data_dir}" in fails(main, [*main_args, *MODEL])
 
 
-def test_scales_gpus_and_contradictions(main_args: list[str], save_dir: Path) -> None:
-    assert "k 2 with start_size 4" in fails(main.main, [*main_args, "--k", "2", "--start_size", "4"])
-    assert "--gpus" in fails(main.main, [*main_args, "--gpus", "0"])  # main_args says --device cpu
+def test_scales_gpus_and_contradictions(main_args: list[str], save_dir: Path, make_data) -> None:
+    assert "k 2 with start_size 4" in fails(main, [*main_args, "--k", "2", "--start_size", "4"])
+    assert "--gpus" in fails(main, [*main_args, "--gpus", "0"])  # main_args says --device cpu
     missing = str(torch.cuda.device_count())
     words = [word for word in main_args if word not in ("--device", "cpu")]
-    assert f"GPU {missing} not found" in fails(main.main, [*words, "--device", "cuda", "--gpus", missing])
-    main.main([*main_args, *MODEL, "--epochs", "1"])
-    for flag, value in (("--k", "1"), ("--start_size", "2"), ("--n_glimpses", "1"), ("--rnn_hidden", "8")):
+    assert f"GPU {missing} not found" in fails(main, [*words, "--device", "cuda", "--gpus", missing])
+    run(main, [*main_args, *MODEL, "--epochs", "1"])
+    before = [(save_dir / name).read_bytes() for name in main.FILES]
+    for flag, value in (
+        ("--k", "1"),
+        ("--start_size", "2"),
+        ("--n_glimpses", "1"),
+        ("--rnn_hidden", "8"),
+        ("--std_dev", "0.3"),
+    ):
         for task in ("--task=test", "--task=view_glimpses", "--resume_training"):
-            assert flag in fails(main.main, [*main_args, task, flag, value])
-    for flag, value in (("--seed", "1"), ("--std_dev", "0.3"), ("--policy", "center")):
-        assert flag in fails(main.main, [*main_args, "--resume_training", flag, value])
-    assert "training pictures differ" in fails(main.main, [*main_args, "--resume_training", "--valid_size", "0.5"])
-    read(save_dir / "last.tar")  # nothing was damaged
+            path = save_dir / ("last.tar" if task == "--resume_training" else "saved_model.tar")
+            assert f"{flag} {value} contradicts {path}" in fails(main, [*main_args, task, flag, value])
+    for flag, value in (("--seed", "1"), ("--policy", "center"), ("--supervision", "last"), ("--valid_size", "0.5")):
+        message = fails(main, [*main_args, "--resume_training", flag, value])
+        assert f"{flag} {value} contradicts {save_dir / 'last.tar'}" in message and "leave the flag out" in message
+    make_data(n_train=7)  # in the same folder
+    message = fails(main, [*main_args, "--resume_training"])
+    assert "training images differ" in message and "--valid_size" in message
+    assert [(save_dir / name).read_bytes() for name in main.FILES] == before  # nothing was damaged
 
 
 def test_pretraining_is_resumed_as_it_was(
     pretrain_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    pretrain.main([*pretrain_args, "--epochs", "1"])
+    run(pretrain, [*pretrain_args, "--epochs", "1"])
     for flag, value in (("--arch", "resnet34"), ("--patch_size", "64"), ("--seed", "1")):
-        assert flag in fails(pretrain.main, [*pretrain_args, "--resume_training", flag, value])
+        assert flag in fails(pretrain, [*pretrain_args, "--resume_training", flag, value])
     path = tmp_path / "out" / "pt_last.tar"
-    pretrain.main([*pretrain_args, "--resume_training"])
+    run(pretrain, [*pretrain_args, "--resume_training"])
     assert "1 epoch of 1 done" in capsys.readouterr().out
-    pretrain.main([*pretrain_args, "--resume_training", "--epochs", "2", "--lr", "0.5"])
+    run(pretrain, [*pretrain_args, "--resume_training", "--epochs", "2", "--lr", "0.5"])
     last = read(path)
-    assert last["lr"] == last["optimizer"]["param_groups"][0]["lr"] == 0.5
+    assert last["settings"]["lr"] == last["optimizer"]["param_groups"][0]["lr"] == 0.5
     path.write_bytes(path.read_bytes()[:5000])
-    assert "pt_last.tar cannot be read" in fails(pretrain.main, [*pretrain_args, "--resume_training"])
+    assert "pt_last.tar cannot be read" in fails(pretrain, [*pretrain_args, "--resume_training"])
 
 
-def test_backbone_never_saw_the_validation_pictures(pretrain_args: list[str], tmp_path: Path) -> None:
+def test_backbone_never_saw_the_validation_images(pretrain_args: list[str], tmp_path: Path) -> None:
     """Both scripts split the list alike, whatever the seed; another --valid_size would mix the parts."""
-    pretrain.main([*pretrain_args, "--epochs", "1"])
+    run(pretrain, [*pretrain_args, "--epochs", "1"])
     shared = ["--data_dir", pretrain_args[1], "--save_dir", str(tmp_path / "out"), *SMALL, *MODEL, "--epochs", "1"]
-    splits = []
+    splits, real = [], dataset.split_list
     with pytest.MonkeyPatch.context() as patch:
-        for script in (pretrain, main):
-            patch.setattr(script, "split_list", lambda *given: splits.append(dataset.split_list(*given)) or splits[-1])
-        pretrain.main([*pretrain_args, "--epochs", "1"])
-        main.main([*shared, "--seed", "3"])
+        patch.setattr(dataset, "split_list", lambda *given: splits.append(real(*given)) or splits[-1])
+        run(pretrain, [*pretrain_args, "--epochs", "1", "--overwrite"])
+        run(main, [*shared, "--seed", "3"])
     assert len(splits) == 2 and splits[0] == splits[1]
-    assert "--valid_size" in fails(main.main, [*shared, "--valid_size", "0.5"])
+    message = fails(main, [*shared, "--valid_size", "0.5", "--overwrite"])
+    assert "training images differ" in message and "--valid_size" in message
 
 
 def test_learning_rate_and_batch_size_may_change_on_resuming(main_args: list[str], save_dir: Path) -> None:
-    main.main([*main_args, *MODEL, "--epochs", "1"])
-    resume = [*main_args[:6], "--valid_size", "0.3", "--num_workers", "0", "--device", "cpu", "--resume_training"]
+    run(main, [*main_args, *MODEL, "--epochs", "1"])
+    resume = ["--save_dir", str(save_dir), "--num_workers", "0", "--device", "cpu", "--resume_training"]
     main.main([*resume, "--epochs", "2", "--lr_schedule", "constant"])
     last = read(save_dir / "last.tar")
-    assert (last["lr"], last["attention_lr"], last["batch_size"]) == (0.01, 1e-4, 4)
+    assert [last["settings"][name] for name in ("lr", "attention_lr", "batch_size")] == [0.01, 1e-4, 4]
     assert [group["lr"] for group in last["optimizer"]["param_groups"]] == [0.01, 1e-4]
     main.main([*resume, "--epochs", "3", "--lr", "0.5", "--attention_lr", "0.2", "--batch_size", "6"])
     last = read(save_dir / "last.tar")
-    assert (last["lr"], last["attention_lr"], last["batch_size"]) == (0.5, 0.2, 6)
+    assert [last["settings"][name] for name in ("lr", "attention_lr", "batch_size")] == [0.5, 0.2, 6]
     assert [group["lr"] for group in last["optimizer"]["param_groups"]] == [0.5, 0.2]
 
 
@@ -632,7 +913,7 @@ def test_cosine_schedule(main_args: list[str], save_dir: Path) -> None:
     rates = [main.learning_rate(0.1, "cosine", epoch, 4) for epoch in range(4)]
     assert rates == pytest.approx([0.1, 0.1 * (2 + 2**0.5) / 4, 0.05, 0.1 * (2 - 2**0.5) / 4])
     assert main.learning_rate(0.1, "constant", 3, 4) == 0.1
-    main.main([*main_args, *MODEL, "--epochs", "2"])  # half way down in the second epoch
+    run(main, [*main_args, *MODEL, "--epochs", "2"])  # half way down in the second epoch
     groups = read(save_dir / "last.tar")["optimizer"]["param_groups"]
     assert [group["lr"] for group in groups] == pytest.approx([0.005, 5e-5])
 
@@ -642,39 +923,40 @@ def test_foreign_log_is_left_alone(
 ) -> None:
     (tmp_path / "out").mkdir()
     for script, path, flags in (
-        (main.main, save_dir / "log.csv", [*main_args, *MODEL]),
-        (pretrain.main, tmp_path / "out" / "pt_log.csv", pretrain_args),
+        (main, save_dir / "log.csv", [*main_args, *MODEL]),
+        (pretrain, tmp_path / "out" / "pt_log.csv", pretrain_args),
     ):
         path.write_text("a,b\n1,2\n")
-        assert f"{path} is no metrics log" in fails(script, flags)
+        assert f"{path.parent} holds an earlier run ({path.name}): replace it with" in fails(script, flags)
         assert path.read_text() == "a,b\n1,2\n"
 
 
 def test_bad_checkpoints_end_with_one_line(main_args: list[str], pretrain_args: list[str], save_dir: Path) -> None:
-    assert "saved_model.tar not found" in fails(main.main, [*main_args, "--task=test"])
-    assert "last.tar not found" in fails(main.main, [*main_args, "--resume_training"])
-    assert "pt_last.tar not found" in fails(pretrain.main, [*pretrain_args, "--resume_training"])
-    assert "gone.pth not found" in fails(pretrain.main, [*pretrain_args, "--weights", str(save_dir / "gone.pth")])
+    assert "saved_model.tar not found" in fails(main, [*main_args, "--task=test"])
+    assert "last.tar not found" in fails(main, [*main_args, "--resume_training"])
+    assert "pt_last.tar not found" in fails(pretrain, [*pretrain_args, "--resume_training"])
+    assert "gone.pth not found" in fails(pretrain, [*pretrain_args, "--weights", str(save_dir / "gone.pth")])
     for name, task in (("saved_model.tar", "--task=test"), ("last.tar", "--resume_training")):
         (save_dir / name).write_bytes(b"PK not really")
-        assert f"{name} cannot be read" in fails(main.main, [*main_args, task])
+        assert f"{name} cannot be read" in fails(main, [*main_args, task])
         torch.save({"model_dict": {}}, save_dir / name)
-        assert f"{name} is not a checkpoint of the expected kind" in fails(main.main, [*main_args, task])
+        assert f"{name} is not a checkpoint of the expected kind" in fails(main, [*main_args, task])
+        (save_dir / name).unlink()
     path = save_dir / "pt_glimpse_model.tar"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    assert "pt_glimpse_model.tar cannot be read" in fails(main.main, [*main_args])
+    assert "pt_glimpse_model.tar cannot be read" in fails(main, [*main_args])
     path.write_bytes(b"")
-    assert "pt_glimpse_model.tar cannot be read" in fails(main.main, [*main_args])
-    torch.save({"model_dict": {}, "arch": "resnet1"}, path)
-    assert "describes no network" in fails(main.main, [*main_args])
+    assert "pt_glimpse_model.tar cannot be read" in fails(main, [*main_args])
+    torch.save({"model_dict": {}, "settings": {"arch": "resnet1", "patch_size": 32}}, path)
+    assert "the arch of its backbone" in fails(main, [*main_args])
     torch.save({"weights": 1}, path)
-    assert "no entry model_dict" in fails(main.main, [*main_args])
+    assert "no entry model_dict" in fails(main, [*main_args])
     torch.save({"model_dict": {"0.weight": torch.zeros(3)}}, path)
-    assert "does not fit" in fails(main.main, [*main_args])
-    assert "does not fit" in fails(pretrain.main, [*pretrain_args, "--weights", str(path)])
+    assert "does not fit" in fails(main, [*main_args])
+    assert "does not fit" in fails(pretrain, [*pretrain_args, "--weights", str(path)])
     path.unlink()
-    assert "python pretrain.py" in fails(main.main, [*main_args])
+    assert "python pretrain.py" in fails(main, [*main_args])
 
 
 def test_failed_saving_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -692,89 +974,163 @@ def test_failed_saving_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pyte
     assert read(path) == {"epoch": 0} and list(tmp_path.iterdir()) == [path]
 
 
+def test_only_the_disk_is_blamed_for_what_the_disk_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.tar"
+    utils.save_checkpoint(path, {"epoch": 0})
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a mistake in the program")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="^a mistake in the program$"):
+        utils.save_checkpoint(path, {"epoch": 1})
+    with pytest.raises(RuntimeError, match="^a mistake in the program$"), utils.replacing(path, mode="wb"):
+        broken()
+    assert read(path) == {"epoch": 0} and list(tmp_path.iterdir()) == [path]
+
+
+def test_lack_of_memory_ends_with_one_line(main_args: list[str]) -> None:
+    largest, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**40, hard))  # where the system would promise any size
+    try:
+        message = fails(main, [*main_args, "--rnn_hidden", "1000000000"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (largest, hard))
+    assert "memory" in message and "--rnn_hidden" in message
+    assert "GPU" not in message and "pt_glimpse_model.tar" not in message and "network" not in message
+
+
+def test_interrupted_imports_leave_no_traceback(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py")], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    maps, deadline = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 30
+    while "libtorch" not in maps.read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "") and process.returncode in (-signal.SIGINT, 130)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "n_gpus", "local_rank", "chosen"),
+    [
+        ("", 4, 0, [0]),  # torchrun with a single process
+        ("", 4, 3, [3]),
+        ("", 4, None, [0, 1, 2, 3]),
+        ("1,3", 4, None, [1, 3]),
+        ("1,3", 4, 1, [3]),
+        ("2", 4, 0, [2]),
+        ("", 0, None, "GPU 0 not found: this machine has 0 visible GPUs"),
+        ("4", 4, None, "GPU 4 not found: this machine has 4 visible GPUs"),
+        ("0,7", 4, 0, "GPU 7 not found"),
+        ("", 4, 4, "torchrun started more processes on this machine than the 4 GPUs"),
+        ("1,3", 4, 2, "torchrun started more processes on this machine than the 2 GPUs"),
+    ],
+)
+def test_gpus_of_a_process(wanted: str, n_gpus: int, local_rank: int | None, chosen: list[int] | str) -> None:
+    if isinstance(chosen, list):
+        assert utils.choose_gpus(wanted, n_gpus, local_rank) == chosen
+    else:
+        with pytest.raises(utils.UserError, match=chosen):
+            utils.choose_gpus(wanted, n_gpus, local_rank)
+
+
 def test_saving_where_nothing_can_be_written(pretrain_args: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "choose another" in fails(pretrain.main, [*pretrain_args, "--save_dir", str(tmp_path / "file" / "below")])
+    assert "choose another" in fails(pretrain, [*pretrain_args, "--save_dir", str(tmp_path / "file" / "below")])
 
 
-def test_metrics_log_replaces_what_is_repeated(tmp_path: Path) -> None:
-    path = tmp_path / "log.csv"
-    for epoch, value in ((0, 1), (1, 2), (2, 3), (1, 4)):
-        utils.log_metrics(path, epoch, train={"loss": value})
-    assert path.read_text().split() == ["epoch,train_loss", "1,1", "2,4"]
+def test_log_is_written_from_the_checkpoint(
+    main_args: list[str], save_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An epoch that is repeated, because the last checkpoint does not have it yet, is logged once."""
+    real = utils.save_checkpoint
+
+    def stop(path: Path, content: dict) -> None:
+        if path.name == "last.tar" and content["epoch"] == 1:
+            raise KeyboardInterrupt
+        real(path, content)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(utils, "save_checkpoint", stop)
+        run(main, [*main_args, *MODEL, "--epochs", "3"])
+    before = read_log(save_dir / "log.csv")
+    assert [row["epoch"] for row in before] == ["1", "2"] and read(save_dir / "last.tar")["epoch"] == 0
+    (save_dir / "log.csv").write_text("damaged")
+    run(main, [*main_args, "--resume_training"])
+    after, last = read_log(save_dir / "log.csv"), read(save_dir / "last.tar")
+    assert [row["epoch"] for row in after] == ["1", "2", "3"] and same_result(after[:2], before)
+    assert [row["epoch"] for row in last["log"]] == [1, 2, 3] and last["log"][0].keys() == after[0].keys()
+    for stored, logged in zip(last["log"], after):
+        assert stored == pytest.approx({name: float(value) for name, value in logged.items()}, rel=1e-5)
 
 
-def test_kinds_of_trajectories() -> None:
-    probabilities = torch.eye(4).expand(3, 4, 4)  # trajectory m of each picture is sure of class m
-    learned = main.by_kind(probabilities, "learned")
-    assert list(learned) == ["deterministic", "one trajectory", "mean of 3"]
+def test_estimates_of_trajectories() -> None:
+    probabilities = torch.eye(4).expand(3, 4, 4)  # trajectory m of each image is sure of class m
+    learned = main.estimates(probabilities, "learned")
+    assert list(learned) == ["deterministic", "sampled trajectory", "average of 3"]
     assert torch.equal(learned["deterministic"], probabilities[:, :1])
-    assert torch.equal(learned["one trajectory"], probabilities[:, 1:])
-    assert torch.allclose(learned["mean of 3"], torch.tensor([0, 1 / 3, 1 / 3, 1 / 3]).expand(3, 1, 4))
-    assert list(main.by_kind(probabilities, "random")) == ["one trajectory", "mean of 4"]
-    assert list(main.by_kind(probabilities[:, :1], "center")) == ["deterministic"]
+    assert torch.equal(learned["sampled trajectory"], probabilities[:, 1:])
+    assert torch.allclose(learned["average of 3"], torch.tensor([0, 1 / 3, 1 / 3, 1 / 3]).expand(3, 1, 4))
+    assert list(main.estimates(probabilities, "random")) == ["sampled trajectory", "average of 4"]
+    assert list(main.estimates(probabilities[:, :1], "center")) == ["deterministic"]
     learned, random = (main.evaluation_noise(policy, 5, 7, 2, seed=0) for policy in ("learned", "random"))
     assert learned.shape == (5, 8, 2, 2) and (learned[:, 0] == 0).all() and (learned[:, 1:] != 0).all()
-    assert torch.equal(random, learned[:, 1:]) and main.evaluation_noise("center", 5, 7, 2, seed=0).shape == (
-        5,
-        1,
-        2,
-        2,
-    )
+    center = main.evaluation_noise("center", 5, 7, 2, seed=0)
+    assert torch.equal(random, learned[:, 1:]) and center.shape == (5, 1, 2, 2)
 
 
-def test_test_reports_the_gaze_where_boxes_are_known(
+def test_test_reports_hit_rates_where_boxes_are_known(
     main_args: list[str], save_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    main.main([*main_args, *MODEL, "--epochs", "1"])
-    pictures, table = dataset.read_list(main_args[1], "test"), Path(main_args[1]) / "lists" / "dogs.csv"
-    names = ["/".join(file.parts[-2:]) for file in pictures.files]
+    run(main, [*main_args, *MODEL, "--epochs", "1"])
+    images, table = dataset.read_list(main_args[1], "test"), Path(main_args[1]) / "lists" / "dogs.csv"
+    names = ["/".join(file.parts[-2:]) for file in images.files]
     boxes = [(i / 20, 0.4, 1.0, 0.5 + i / 40) for i in range(9)]
     rows = [f"{name},{','.join(map(str, box))}\n" for name, box in zip(names, boxes)]
     table.write_text("file,left,top,right,bottom\n" + "".join(reversed(rows)))
-    assert torch.allclose(dataset.read_dog_boxes(main_args[1], pictures), torch.tensor(boxes))
+    assert torch.allclose(dataset.read_dog_boxes(main_args[1], images), torch.tensor(boxes))
 
-    # The first trajectory, deterministic, first looks 0.29 to the left of the middle, then at it; another goes astray.
+    # The deterministic trajectory starts 0.29 to the left of the centre, then goes to it; a sampled one goes astray.
     location = torch.tensor([[[-0.58, 0.0], [0.0, 0.0]], [[0.0, 0.0], [-0.9, 0.9]]]).expand(9, 2, 2, 2)
-    answers = main.Answers(torch.full((9, 2, 3), 1 / 3), location, torch.tensor(pictures.labels), torch.arange(9))
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(main, "evaluate", lambda *_: answers)
-        main.main([*main_args, "--task=test", "--n_trajectories=1"])
+        patch.setattr(main, "evaluate", lambda *_: [torch.full((9, 2, 2, 3), 1 / 3), location])
+        run(main, [*main_args, "--task=test", "--n_trajectories=1"])
     report = capsys.readouterr().out
     assert report.splitlines()[5:9] == [
-        "glimpse 1      deterministic   off center 0.2900  on dog 0.5556",  # the boxes with left <= 0.2
-        "glimpse 1      one trajectory  off center 0.0000  on dog 1.0000",
-        "glimpse 2      deterministic   off center 0.0000  on dog 1.0000",
-        "glimpse 2      one trajectory  off center 0.6364  on dog 0.0000",
+        "glimpse 1      deterministic       distance_from_center 0.2900  hit_rate 0.5556",  # boxes with left <= 0.2
+        "glimpse 1      sampled trajectory  distance_from_center 0.0000  hit_rate 1.0000",
+        "glimpse 2      deterministic       distance_from_center 0.0000  hit_rate 1.0000",
+        "glimpse 2      sampled trajectory  distance_from_center 0.6364  hit_rate 0.0000",
     ]
     figures = toy_table.read_report(report)
-    kinds = ("policy deterministic", "policy one trajectory", "policy mean of 1")
-    gazes = [f"glimpse {t} {kind}" for t in (1, 2) for kind in ("deterministic", "one trajectory")]
+    policies = [f"policy {estimate}" for estimate in ("deterministic", "sampled trajectory", "average of 1")]
+    glimpses = [f"glimpse {t} {estimate}" for t in (1, 2) for estimate in ("deterministic", "sampled trajectory")]
     assert list(figures) == [
-        *(f"{kind} {name}" for kind in kinds for name in ("accuracy", "mean per class", "top-5")),
-        *(f"{gaze} {name}" for gaze in gazes for name in ("off center", "on dog")),
+        *(f"{policy} {name}" for policy in policies for name in ("accuracy", "mean_per_class", "top5", "nll")),
+        *(f"{glimpse} {name}" for glimpse in glimpses for name in ("distance_from_center", "hit_rate")),
     ]
     assert [f"{value:.4f}" for value in figures.values()] == re.findall(r"\d\.\d{4}", report)
     for broken in ("".join(rows), "file,left,top,right,bottom\n" + "".join(rows[1:])):
         table.write_text(broken)
-        assert f"{table} does not fit" in fails(main.main, [*main_args, "--task=test"])
+        assert f"{table} does not match" in fails(main, [*main_args, "--task=test"])
 
 
 def test_supervision_is_the_flags(main_args: list[str], save_dir: Path) -> None:
     losses = {}
     for supervision in ("each", "last"):
-        main.main([*main_args, *MODEL, "--epochs", "1", "--supervision", supervision])
+        run(main, [*main_args, *MODEL, "--epochs", "1", "--supervision", supervision, "--overwrite"])
         losses[supervision] = read_log(save_dir / "log.csv")[0]["train_classification"]
-        assert read(save_dir / "last.tar")["supervision"] == supervision
+        assert read(save_dir / "last.tar")["settings"]["supervision"] == supervision
     assert losses["each"] != losses["last"]
 
 
 def test_resuming_keeps_the_number_of_epochs(
     main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    main.main([*main_args, *MODEL, "--epochs", "1"])
-    main.main([*main_args, "--resume_training"])  # not 101, the default of a new run
+    run(main, [*main_args, *MODEL, "--epochs", "1"])
+    run(main, [*main_args, "--resume_training"])  # not 101, the default of a new run
     assert read(save_dir / "last.tar")["epoch"] == 0
     assert capsys.readouterr().out.count("1 epoch of 1 done: to go on, raise --epochs") == 1
 
@@ -782,11 +1138,15 @@ def test_resuming_keeps_the_number_of_epochs(
 def test_scores_by_hand() -> None:
     probabilities = torch.eye(3)[[0, 0, 1, 1]].unsqueeze(1)  # predictions 0, 0, 1, 1
     values = main.scores(probabilities, torch.tensor([0, 0, 0, 1]))
-    assert values == pytest.approx({"accuracy": 3 / 4, "mean per class": (2 / 3 + 1) / 2, "top-5": 1.0})
+    tiny = torch.finfo(torch.float32).tiny
+    wanted = {"accuracy": 3 / 4, "mean_per_class": (2 / 3 + 1) / 2, "top5": 1.0, "nll": -math.log(tiny) / 4}
+    assert values == pytest.approx(wanted)
     spread = torch.arange(12.0).view(1, 1, 12)  # the best five are 7 to 11
-    assert main.scores(spread, torch.tensor([7]))["top-5"] == 1 and main.scores(spread, torch.tensor([6]))["top-5"] == 0
-    two = torch.stack([torch.eye(2)[[0, 0]], torch.eye(2)[[1, 0]]], dim=1)  # two trajectories over two pictures
+    assert [main.scores(spread, torch.tensor([label]))["top5"] for label in (7, 6)] == [1, 0]
+    two = torch.stack([torch.eye(2)[[0, 0]], torch.eye(2)[[1, 0]]], dim=1)  # two trajectories over two images
     assert main.scores(two, torch.tensor([0, 0]))["accuracy"] == 3 / 4
+    sure = torch.tensor([[[0.2, 0.8]], [[0.5, 0.5]]])
+    assert main.scores(sure, torch.tensor([0, 1]))["nll"] == pytest.approx(-(math.log(0.2) + math.log(0.5)) / 2)
 
 
 def test_toy_table_is_of_the_reports_and_continued(
@@ -797,14 +1157,15 @@ def test_toy_table_is_of_the_reports_and_continued(
     rows = [f"{name},0.4,0.4,0.6,{0.6 if i % 2 else 0.45}\n" for i, name in enumerate(names)]
     (data_dir / "lists" / "dogs.csv").write_text("file,left,top,right,bottom\n" + "".join(rows))
 
-    def run(script: str, flags: list[str]) -> str:  # in this process, which has PyTorch loaded
+    def run_here(script: str, flags: list[str]) -> str:  # in this process, which has PyTorch loaded
         calls.append(script)
-        printed = io.StringIO()
+        module, printed = {"pretrain.py": pretrain, "main.py": main}[script], io.StringIO()
+        assert fit(module, flags) == flags  # only flags that have an effect
         with contextlib.redirect_stdout(printed):
-            {"pretrain.py": pretrain.main, "main.py": main.main}[script]([*flags, *SMALL])
+            run(module, [*flags, *SMALL])
         return printed.getvalue()
 
-    monkeypatch.setattr(toy_table, "run", run)
+    monkeypatch.setattr(toy_table, "run", run_here)
     monkeypatch.setattr(toy_table, "BACKBONE", [*toy_table.BACKBONE[:-1], "1", "--arch", ARCH])
     once = ["--rnn_hidden", "8", "--epochs", "1"]
     monkeypatch.setattr(toy_table, "ROWS", {"learned": once, "one, center": [*once, "--policy", "center"]})
@@ -812,7 +1173,7 @@ def test_toy_table_is_of_the_reports_and_continued(
         toy_table.main(["--data_dir", str(data_dir), "--out", str(out), "--seeds", "3", "4"])
         for seed, accuracy in ((3, "0.1000"), (4, "0.3000")):
             report = out / f"seed_{seed}" / "one_center" / "test.txt"
-            report.write_text(re.sub(r"(?<=deterministic   accuracy )\S+", accuracy, report.read_text()))
+            report.write_text(re.sub(r"(?<=deterministic       accuracy )\S+", accuracy, report.read_text()))
     assert calls == 2 * ["pretrain.py", *(4 * ["main.py"])]  # nothing is run twice
     lines = capsys.readouterr().out.splitlines()
     learned, center = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[-2:])

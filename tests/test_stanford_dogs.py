@@ -1,4 +1,4 @@
-"""The downloader against a small local server that can be made to fail; nothing goes to the network."""
+"""The downloader against a small local server with simulated failures; no test uses the network."""
 
 import hashlib
 import io
@@ -48,45 +48,45 @@ COMPLETE = {f"Images/{name}" for name in BREEDS} | {f"lists/{name}" for name in 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        site, name, asked = self.server, self.path.removeprefix("/dogs/"), self.headers.get("Range")
-        start = int(re.fullmatch(r"bytes=(\d+)-", asked).group(1)) if asked and site.ranges else 0
+        site, name, requested = self.server, self.path.removeprefix("/dogs/"), self.headers.get("Range")
+        start = int(re.fullmatch(r"bytes=(\d+)-", requested).group(1)) if requested and site.ranges else 0
         body = site.files.get(name)
         if body is None:
             status = 404
-        elif asked and (site.refuse_ranges or start >= len(body)):
+        elif requested and (site.refuse_ranges or start >= len(body)):
             status = 416
         elif site.busy > 0:
             site.busy -= 1
             status = 503
         else:
-            status = 206 if asked and site.ranges else 200
+            status = 206 if requested and site.ranges else 200
         rest = body[start:] if status in (200, 206) else b""
         sent = rest
         if site.breaks > 0 and rest:
             site.breaks -= 1
             sent = rest[: len(rest) // 2]
-        site.requests.append((name, asked, status, len(sent)))
+        site.requests.append((name, requested, status, len(sent)))
         self.send_response(status)
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        if site.tell_length:
+        if site.send_length:
             self.send_header("Content-Length", str(len(rest)))
         self.end_headers()
-        self.wfile.write(sent)  # HTTP/1.0: the connection is closed after it, whatever was promised
+        self.wfile.write(sent)  # HTTP/1.0: the connection is then closed, even if Content-Length announced more
 
     def log_message(self, *_) -> None:
         pass
 
 
 class Site(ThreadingHTTPServer):
-    """Serves `files`, records (name, Range, status, bytes sent) of every request, fails by its switches."""
+    """Serves `files`, records (name, Range, status, bytes sent) of every request, and fails as its fields say."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = {"images.tar": IMAGES_TAR, "lists.tar": LISTS_TAR}
         self.requests: list[tuple[str, str | None, int, int]] = []
-        self.ranges, self.refuse_ranges, self.tell_length = True, False, True
-        self.breaks = self.busy = 0  # how many of the next replies stop half way, or are 503
+        self.ranges, self.refuse_ranges, self.send_length = True, False, True
+        self.breaks = self.busy = 0  # how many of the next responses break off halfway, or have status 503
         self.url = f"http://127.0.0.1:{self.server_port}/dogs/"
 
     def of(self, name: str) -> list[tuple[str | None, int, int]]:
@@ -107,7 +107,7 @@ def site(monkeypatch):
 
 @pytest.fixture
 def run(site, tmp_path, monkeypatch, capsys):
-    """Runs the script into tmp_path/dogs; returns (exit code, stdout, stderr)."""
+    """Runs the script with data_dir tmp_path/dogs and returns (exit code, stdout, stderr)."""
     monkeypatch.setattr(stanford_dogs, "PAUSE", 0.0)
     monkeypatch.setattr(stanford_dogs, "CHUNK", 4096)
     expect(monkeypatch, site.files)
@@ -125,7 +125,7 @@ def dogs(tmp_path) -> Path:
 
 
 def expect(monkeypatch, files: dict[str, bytes]) -> None:
-    """Makes the script expect these archives in place of the official ones."""
+    """Make the script expect these archives instead of the official ones."""
     folders = {"lists.tar": "lists", "images.tar": "Images"}
     archives = [
         stanford_dogs.Archive(name, len(files[name]), hashlib.sha256(files[name]).hexdigest(), folder)
@@ -154,7 +154,7 @@ def assert_one_line(stderr: str, *parts: str) -> None:
         assert part in stderr
 
 
-def test_import_does_nothing(tmp_path):
+def test_import_has_no_side_effects(tmp_path):
     code = """if True:
         import sys
         def forbid(event, args):
@@ -181,7 +181,7 @@ def test_defaults():
     assert args.base_url == "http://vision.stanford.edu/aditya86/ImageNetDogs/"
 
 
-def test_downloads_and_unpacks_both_and_deletes_the_archives(run, site, dogs):
+def test_downloads_and_unpacks_both_archives_and_deletes_them(run, site, dogs):
     code, out, err = run()
     assert (code, err) == (0, "")
     assert "complete" in out
@@ -209,7 +209,7 @@ def test_second_run_sends_no_request(run, site, dogs):
 
 @pytest.mark.parametrize("folder, archive", [("Images", "images.tar"), ("lists", "lists.tar")])
 @pytest.mark.parametrize("empty", [False, True])
-def test_fetches_only_the_part_that_is_missing(run, site, dogs, folder, archive, empty):
+def test_downloads_only_the_missing_folder(run, site, dogs, folder, archive, empty):
     run()
     site.requests.clear()
     (dogs / folder).rename(dogs.parent / "elsewhere")
@@ -220,7 +220,7 @@ def test_fetches_only_the_part_that_is_missing(run, site, dogs, folder, archive,
     assert_complete(dogs)
 
 
-def test_broken_connection_resumes_where_it_stopped(run, site, dogs):
+def test_broken_connection_is_resumed(run, site, dogs):
     site.files.pop("lists.tar")
     (dogs / "lists").mkdir(parents=True)
     for name, size in LISTS.items():
@@ -245,7 +245,7 @@ def test_server_without_ranges_starts_over(run, site, dogs):
     assert_complete(dogs)
 
 
-def test_gives_up_after_some_tries_and_the_next_run_continues(run, site, dogs):
+def test_stops_after_several_tries_and_the_next_run_continues(run, site, dogs):
     site.breaks = ALWAYS
     code, _, err = run()
     assert code == 1
@@ -258,22 +258,22 @@ def test_gives_up_after_some_tries_and_the_next_run_continues(run, site, dogs):
     assert_complete(dogs)
 
 
-def test_server_error_is_tried_again(run, site, dogs):
+def test_server_error_is_retried(run, site, dogs):
     site.busy = 2
     assert run()[0] == 0
     assert [status for _, status, _ in site.of("lists.tar")] == [503, 503, 200]
     assert_complete(dogs)
 
 
-def test_silent_server_times_out(run, dogs, monkeypatch):
+def test_unresponsive_server_times_out(run, dogs, monkeypatch):
     monkeypatch.setattr(stanford_dogs, "TIMEOUT", 0.05)
-    with Site() as silent:  # accepts connections, answers none
+    with Site() as silent:  # accepts connections, but never responds
         code, _, err = run(silent.url)
     assert code == 1
     assert_one_line(err, "timed out", "run the same command again")
 
 
-def test_ctrl_c_in_a_download_keeps_what_came(run, site, dogs, monkeypatch):
+def test_ctrl_c_during_a_download_keeps_the_partial_file(run, site, dogs, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -297,7 +297,7 @@ def test_refused_range_starts_over(run, site, dogs):
     assert_complete(dogs)
 
 
-def test_too_large_part_starts_over(run, site, dogs):
+def test_too_large_partial_file_starts_over(run, site, dogs):
     dogs.mkdir()
     (dogs / "lists.tar.part").write_bytes(LISTS_TAR + b"x")
     assert run()[0] == 0
@@ -306,7 +306,7 @@ def test_too_large_part_starts_over(run, site, dogs):
 
 
 @pytest.mark.parametrize("name", ["lists.tar", "lists.tar.part"])
-def test_whole_archive_is_not_fetched_again(run, site, dogs, name):
+def test_complete_archive_is_not_downloaded_again(run, site, dogs, name):
     dogs.mkdir()
     (dogs / name).write_bytes(LISTS_TAR)
     assert run()[0] == 0
@@ -328,7 +328,7 @@ def test_corrupted_archive_is_deleted_before_unpacking(run, site, dogs):
     assert_complete(dogs)
 
 
-def test_corrupted_part_is_deleted(run, site, dogs):
+def test_corrupted_partial_file_is_deleted(run, site, dogs):
     dogs.mkdir()
     (dogs / "lists.tar.part").write_bytes(b"<html>" * 100)
     code, _, err = run()
@@ -340,7 +340,7 @@ def test_corrupted_part_is_deleted(run, site, dogs):
 
 
 @pytest.mark.parametrize("body", [LISTS_TAR[:-512], LISTS_TAR + bytes(512)], ids=["short", "long"])
-def test_announced_wrong_size_leaves_the_part_alone(run, site, dogs, body):
+def test_wrong_content_length_keeps_the_partial_file(run, site, dogs, body):
     dogs.mkdir()
     (dogs / "lists.tar.part").write_bytes(LISTS_TAR[:1000])
     site.files["lists.tar"] = body
@@ -356,8 +356,8 @@ def test_announced_wrong_size_leaves_the_part_alone(run, site, dogs, body):
     assert_complete(dogs)
 
 
-def test_unannounced_wrong_size_is_cut_off_and_deleted(run, site, dogs):
-    site.tell_length = False
+def test_oversized_response_is_cut_off_and_deleted(run, site, dogs):
+    site.send_length = False
     site.files["lists.tar"] = LISTS_TAR + bytes(10**6)
     code, _, err = run()
     assert code == 1
@@ -370,7 +370,7 @@ def test_unannounced_wrong_size_is_cut_off_and_deleted(run, site, dogs):
     assert_complete(dogs)
 
 
-def test_missing_on_the_server(run, site, dogs):
+def test_archive_missing_on_the_server(run, site, dogs):
     site.files.pop("images.tar")
     code, _, err = run()
     assert code == 1
@@ -389,10 +389,10 @@ def test_no_network(run, dogs):
 
 
 @pytest.mark.parametrize("url", ["no address", "http://127.0.0.1:port/", "http://127.0.0.1/d\u00f6gs"])
-def test_unusable_address(run, url):
+def test_invalid_url(run, url):
     code, _, err = run(url)
     assert code == 1
-    assert_one_line(err, "not a usable address")
+    assert_one_line(err, "not a valid URL")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
@@ -413,7 +413,7 @@ def test_full_disk(run, dogs):
     ],
     ids=["beside", "above", "link"],
 )
-def test_members_cannot_leave_the_folder(run, site, dogs, monkeypatch, evil):
+def test_members_outside_the_folder_are_rejected(run, site, dogs, monkeypatch, evil):
     site.files["lists.tar"] = evil
     expect(monkeypatch, site.files)
     code, _, err = run()
@@ -431,7 +431,7 @@ def test_not_a_tar_file(run, site, dogs, monkeypatch):
     assert tree(dogs) == {"lists.tar"}
 
 
-def test_ctrl_c_in_unpacking_leaves_no_half_folder(run, site, dogs, monkeypatch):
+def test_ctrl_c_during_unpacking_leaves_no_partial_folder(run, site, dogs, monkeypatch):
     makefile = tarfile.TarFile.makefile
 
     def second_one_is_interrupted(self, info, path):
@@ -450,7 +450,7 @@ def test_ctrl_c_in_unpacking_leaves_no_half_folder(run, site, dogs, monkeypatch)
     assert_complete(dogs)
 
 
-def test_killed_while_unpacking_is_repaired(run, site, dogs):
+def test_run_after_a_kill_during_unpacking_completes(run, site, dogs):
     leftover = dogs / "Images.part" / "Images" / "n02085620-Chihuahua"
     leftover.mkdir(parents=True)
     (leftover / "half.jpg").write_bytes(b"half")
@@ -460,7 +460,7 @@ def test_killed_while_unpacking_is_repaired(run, site, dogs):
     assert_complete(dogs)
 
 
-def test_killed_after_unpacking_is_tidied(run, site, dogs):
+def test_run_after_a_kill_after_unpacking_cleans_up(run, site, dogs):
     run()
     site.requests.clear()
     (dogs / "Images.part").mkdir()
@@ -470,7 +470,7 @@ def test_killed_after_unpacking_is_tidied(run, site, dogs):
     assert_complete(dogs)
 
 
-def test_archive_of_the_user_is_left_where_it_is_not_needed(run, site, dogs):
+def test_archive_is_kept_if_its_folder_exists(run, site, dogs):
     run()
     (dogs / "images.tar").write_bytes(b"not ours to delete")
     assert run()[0] == 0
@@ -490,7 +490,7 @@ def test_command_line_reports_one_line_and_exit_code(site, tmp_path):
     assert tree(tmp_path) == {"data/Original"}
 
 
-def test_command_line_refuses_unknown_flags(tmp_path):
+def test_command_line_rejects_unknown_flags(tmp_path):
     with pytest.raises(SystemExit) as stop:
         stanford_dogs.main(["--data_dir", str(tmp_path / "dogs"), "--mirror", "x"])
     assert stop.value.code == 2

@@ -1,6 +1,7 @@
-"""The toy dogs: their files, and that glimpses can tell the breeds apart while the context cannot."""
+"""The toy dogs: their files, and that breeds can be told apart in glimpses but not in the context."""
 
 import csv
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,19 +31,19 @@ def read_list(root: Path, split: str) -> tuple[list[str], list[int]]:
 
 
 def read_boxes(root: Path) -> dict[str, tuple[float, ...]]:
-    with open(root / "lists" / "dogs.csv", newline="") as file:
+    with open(root / "lists" / "dogs.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["file", "left", "top", "right", "bottom"]
     return {row["file"]: tuple(float(row[k]) for k in ("left", "top", "right", "bottom")) for row in rows}
 
 
-def read_picture(root: Path, name: str) -> np.ndarray:
+def read_image(root: Path, name: str) -> np.ndarray:
     return np.asarray(Image.open(root / "Images" / name))
 
 
 def draw(breed: str, number: int, size: int = 128) -> np.ndarray:
-    """Picture `number`, as floats; its scene is the same for all breeds."""
-    return toy_dogs.draw_picture(breed, size, 0.2, np.random.default_rng(number))[0].astype(float)
+    """Image `number`, as floats; its scene is the same for all breeds."""
+    return toy_dogs.draw_image(breed, size, 0.2, np.random.default_rng(number))[0].astype(float)
 
 
 def scene(number: int, size: int = 128, spread: float = 0.2) -> toy_dogs.Scene:
@@ -53,7 +54,7 @@ def scene(number: int, size: int = 128, spread: float = 0.2) -> toy_dogs.Scene:
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", N_TRAIN), ("test", N_TEST)])
-def test_lists_have_the_official_structure(toy, split, count):
+def test_lists_have_the_format_of_stanford_dogs(toy, split, count):
     path = toy / "lists" / f"{split}_list.mat"
     assert path.read_bytes().startswith(b"MATLAB 5.0 MAT-file")
     table = loadmat(path)
@@ -68,7 +69,7 @@ def test_lists_have_the_official_structure(toy, split, count):
         assert name.item() == annotation.item() + ".jpg"
 
 
-def test_folders_names_and_balance(toy):
+def test_folder_names_and_balance(toy):
     train, test = read_list(toy, "train"), read_list(toy, "test")
     for (names, labels), count in ((train, N_TRAIN), (test, N_TEST)):
         assert labels == sorted(labels)
@@ -84,26 +85,31 @@ def test_folders_names_and_balance(toy):
     assert len({(toy / "Images" / name).read_bytes() for name in on_disk}) == len(on_disk)
 
 
-def test_pictures_keep_every_pixel_of_the_pattern(toy):
-    picture = Image.open(toy / "Images" / read_list(toy, "train")[0][0])
-    assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (128, 128))
-    assert JpegImagePlugin.get_sampling(picture) == 0  # 4:4:4
-    assert max(max(table) for table in picture.quantization.values()) <= 12  # quality 95 or better
+def test_jpeg_compression_preserves_the_pattern(toy):
+    image = Image.open(toy / "Images" / read_list(toy, "train")[0][0])
+    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (128, 128))
+    assert JpegImagePlugin.get_sampling(image) == 0  # 4:4:4
+    assert max(max(table) for table in image.quantization.values()) <= 12  # quality 95 or better
 
 
 def test_same_seed_same_bytes(tmp_path):
     def contents(root: Path) -> dict[str, bytes]:
-        files = [*root.rglob("*.jpg"), *root.rglob("*.csv")]  # the lists carry the date
+        files = [*root.rglob("*.jpg"), *root.rglob("*.csv")]  # the lists contain the date
         return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
     flags = ["--n_train=8", "--n_test=8", "--size=64"]
     command = [sys.executable, SCRIPT, *flags]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
-    drawn, following = process.stdout.splitlines()
-    assert str(Path("data/toy")) in drawn and following.startswith("next: python pretrain.py --data_dir data/toy ")
+    drawn, *commands = process.stdout.splitlines()
+    assert str(Path("data/toy")) in drawn and commands == [
+        "next: python pretrain.py --data_dir data/toy --save_dir data/toy/saved_models --weights none --arch resnet18 "
+        "--patch_size 32 --batch_size 32 --lr 1e-3 --epochs 10",
+        "then: python main.py --data_dir data/toy --save_dir data/toy/saved_models --k 1 --start_size 1 "
+        "--rnn_hidden 256 --batch_size 32 --lr 1e-3 --epochs 10",
+    ]
     first = contents(tmp_path / "data" / "toy")
-    np.random.seed(1)  # the global generator plays no part
+    np.random.seed(1)  # the global generator has no effect
     toy_dogs.main([*flags, f"--data_dir={tmp_path / 'again'}"])
     assert contents(tmp_path / "again") == first
     toy_dogs.main([*flags, f"--data_dir={tmp_path / 'other'}", "--seed=1"])
@@ -112,16 +118,27 @@ def test_same_seed_same_bytes(tmp_path):
     assert not {*other.values()} & {*first.values()}
 
 
-def test_the_test_pictures_do_not_depend_on_the_number_of_training_pictures(tmp_path):
-    pictures = []
+@pytest.mark.parametrize(("size", "patch_size"), [(64, 32), (128, 32), (132, 64), (192, 64), (256, 64), (260, 96)])
+def test_printed_commands_fit_the_size_and_quote_the_folder(tmp_path, capsys, size, patch_size):
+    root = tmp_path / "my dogs"
+    toy_dogs.main([f"--data_dir={root}", "--n_train=8", "--n_test=8", f"--size={size}"])
+    commands = [shlex.split(line.partition(": ")[2]) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [command[:2] for command in commands] == [["python", "pretrain.py"], ["python", "main.py"]]
+    folders = ["--data_dir", str(root), "--save_dir", str(root / "saved_models")]
+    assert all(command[2:6] == folders for command in commands)
+    assert commands[0][commands[0].index("--patch_size") + 1] == str(patch_size)
+
+
+def test_test_images_do_not_depend_on_the_number_of_training_images(tmp_path):
+    images = []
     for n_train in (8, 16):
         root = tmp_path / str(n_train)
         toy_dogs.main([f"--data_dir={root}", f"--n_train={n_train}", "--n_test=8", "--size=64"])
-        pictures.append([(root / "Images" / name).read_bytes() for name in read_list(root, "test")[0]])
-    assert pictures[0] == pictures[1]
+        images.append([(root / "Images" / name).read_bytes() for name in read_list(root, "test")[0]])
+    assert images[0] == images[1]
 
 
-def test_an_interrupted_run_leaves_no_lists_and_a_rerun_no_old_pictures(tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_no_lists_and_a_rerun_no_old_images(tmp_path, monkeypatch):
     flags = [f"--data_dir={tmp_path}", "--n_test=8", "--size=64"]
     toy_dogs.main([*flags, "--n_train=24"])
     calls = []
@@ -130,11 +147,11 @@ def test_an_interrupted_run_leaves_no_lists_and_a_rerun_no_old_pictures(tmp_path
         calls.append(arguments)
         if len(calls) > 3:
             raise KeyboardInterrupt
-        return draw_picture(*arguments)
+        return draw_image(*arguments)
 
-    draw_picture = toy_dogs.draw_picture
+    draw_image = toy_dogs.draw_image
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(toy_dogs, "draw_picture", interrupted)
+        patch.setattr(toy_dogs, "draw_image", interrupted)
         toy_dogs.main([*flags, "--n_train=8"])
     assert not list((tmp_path / "lists").glob("*.mat"))
     toy_dogs.main([*flags, "--n_train=8"])
@@ -163,7 +180,7 @@ def test_an_interrupted_run_leaves_no_lists_and_a_rerun_no_old_pictures(tmp_path
         "--colour=red",
     ],
 )
-def test_a_bad_flag_is_refused_in_one_line(tmp_path, capsys, flags):
+def test_an_invalid_flag_is_rejected_in_one_line(tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as stop:
         toy_dogs.main([f"--data_dir={tmp_path / 'set'}", flags])
     assert stop.value.code == 2
@@ -173,7 +190,7 @@ def test_a_bad_flag_is_refused_in_one_line(tmp_path, capsys, flags):
 
 
 @pytest.mark.parametrize("found", ["Images/n02085620-Chihuahua/", "lists/train_list.mat", "Images"])
-def test_what_is_not_a_toy_set_is_left_alone(tmp_path, capsys, found):
+def test_other_files_are_not_overwritten(tmp_path, capsys, found):
     path = tmp_path / found
     path.parent.mkdir(parents=True, exist_ok=True)
     if found.endswith("/"):
@@ -188,10 +205,10 @@ def test_what_is_not_a_toy_set_is_left_alone(tmp_path, capsys, found):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# Where the dogs are
+# Positions
 
 
-def test_boxes_hold_the_whole_dog_and_nothing_else_is_in_the_picture():
+def test_boxes_enclose_the_whole_dog_on_an_empty_background():
     for number in range(12):
         plain, _, light, (left, top, right, bottom) = scene(number)
         background = toy_dogs.draw_background(128, np.random.default_rng(number))
@@ -202,20 +219,20 @@ def test_boxes_hold_the_whole_dog_and_nothing_else_is_in_the_picture():
         assert not light[~dog].any()
 
 
-def test_boxes_in_the_table_fit_the_written_pictures(toy):
+def test_boxes_in_the_table_match_the_written_images(toy):
     for name, (left, top, right, bottom) in read_boxes(toy).items():
         assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
-        picture = read_picture(toy, name).astype(float)
+        image = read_image(toy, name).astype(float)
         inside = tuple(slice(round(a * 128), round(b * 128)) for a, b in ((top, bottom), (left, right)))
-        dog = picture[inside].copy()
-        picture[inside] = np.nan
+        dog = image[inside].copy()
+        image[inside] = np.nan
         for axis in range(2):
             assert np.abs(np.diff(dog, axis=axis)).max() > 60
-            assert np.nanmax(np.abs(np.diff(picture, axis=axis))) < 40  # a smooth background and some ringing
-        assert dog.min() < np.nanmin(picture.max(axis=2))
+            assert np.nanmax(np.abs(np.diff(image, axis=axis))) < 40  # a smooth background with some JPEG ringing
+        assert dog.min() < np.nanmin(image.max(axis=2))
 
 
-def test_positions_spread_as_asked():
+def test_positions_have_the_given_standard_deviation():
     def centers(spread: float, count: int) -> np.ndarray:
         boxes = np.array([scene(number, size=64, spread=spread).box for number in range(count)]) / 64
         assert boxes.min() >= 0 and boxes.max() <= 1
@@ -225,55 +242,55 @@ def test_positions_spread_as_asked():
     assert np.abs(near.mean(axis=0)).max() < 0.03
     assert near.std(axis=0) == pytest.approx([0.1, 0.1], rel=0.2)
     assert np.abs(centers(0, 10)).max() <= 1 / 64
-    assert centers(1, 60).std() > 0.17  # all over the room there is
+    assert centers(1, 60).std() > 0.17  # wherever the dog fits
 
 
-def test_dogs_look_both_ways():
-    to_the_right = 0
+def test_dogs_face_both_directions():
+    n_facing_right = 0
     for number in range(40):
         _, _, light, (left, top, right, bottom) = scene(number)
         upper = light[top : top + (bottom - top) // 3]  # a big head and a thin tail
         middle = (left + right) // 2
-        to_the_right += upper[:, :middle].sum() < upper[:, middle:].sum()
-    assert 10 <= to_the_right <= 30
+        n_facing_right += upper[:, :middle].sum() < upper[:, middle:].sum()
+    assert 10 <= n_facing_right <= 30
 
 
-# What can be seen of the breeds
+# Visibility of the breeds
 
 
-def reduce_by_boxes(picture: np.ndarray) -> np.ndarray:
-    return picture.reshape(32, 4, 32, 4, -1).mean(axis=(1, 3))
+def reduce_by_boxes(image: np.ndarray) -> np.ndarray:
+    return image.reshape(32, 4, 32, 4, -1).mean(axis=(1, 3))
 
 
-def reduce_antialiased(picture: np.ndarray) -> np.ndarray:
-    channels = [Image.fromarray(channel.astype(np.float32)) for channel in np.moveaxis(picture, 2, 0)]
+def reduce_antialiased(image: np.ndarray) -> np.ndarray:
+    channels = [Image.fromarray(channel.astype(np.float32)) for channel in np.moveaxis(image, 2, 0)]
     return np.stack([channel.resize((32, 32), Image.Resampling.BILINEAR) for channel in channels], axis=2)
 
 
 @pytest.mark.parametrize("breed", BREEDS)
 def test_the_context_does_not_show_the_breed(breed):
-    """In grey levels of 255, against the same dog without a pattern: about 28 before the reduction."""
+    """Difference to the same dog without a pattern, in grey levels of 255: about 28 before downsampling."""
     for number in range(6):
         plain, _, light, _ = scene(number)
-        left_over = draw(breed, number) - plain * 255
+        difference = draw(breed, number) - plain * 255
         dog = light > 0.5
-        assert left_over[dog].std() > 15
-        assert np.abs(left_over[dog].mean(axis=0)).max() < 1
-        assert np.abs(reduce_by_boxes(left_over)).max() < 1
+        assert difference[dog].std() > 15
+        assert np.abs(difference[dog].mean(axis=0)).max() < 1
+        assert np.abs(reduce_by_boxes(difference)).max() < 1
         inside = reduce_by_boxes(dog[..., None] * 1.0)[..., 0] == 1
-        assert reduce_antialiased(left_over)[inside].std() < 4
+        assert reduce_antialiased(difference)[inside].std() < 4
 
 
 def test_all_coats_have_the_same_mean_and_contrast():
     for number in range(6):
         dog = scene(number).light > 0.5
         coats = np.array([draw(breed, number)[dog] for breed in BREEDS])  # [8, pixels, 3]
-        means, deviations = coats.mean(axis=1), coats.std(axis=1)
+        means, contrasts = coats.mean(axis=1), coats.std(axis=1)
         assert np.ptp(means, axis=0).max() < 1
-        assert (np.ptp(deviations, axis=0) / deviations.mean(axis=0)).max() < 0.05
+        assert (np.ptp(contrasts, axis=0) / contrasts.mean(axis=0)).max() < 0.05
 
 
-def test_scenes_know_nothing_of_the_breed():
+def test_scenes_do_not_depend_on_the_breed():
     background = toy_dogs.draw_background(128, np.random.default_rng(0))
     for breed in BREEDS:
         left, top, right, bottom = scene(0).box
@@ -282,7 +299,7 @@ def test_scenes_know_nothing_of_the_breed():
         assert difference.max() <= 0.5 + 1e-9  # rounding
 
 
-def test_grain_is_fine():
+def test_grain_has_no_low_frequencies():
     grain = toy_dogs.draw_pattern("plain_grain", 128, (40, 40, 88, 88), np.random.default_rng(0))
     power = np.abs(np.fft.fft2(grain)) ** 2
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(128), np.fft.fftfreq(128)))
@@ -298,7 +315,7 @@ def test_phases_are_random():
 
 
 def spectrum(crop: np.ndarray) -> np.ndarray:
-    """What repeats in a 32 x 32 crop every 2 to 6 pixels, of length 1."""
+    """Amplitude spectrum of a 32 x 32 crop at periods of up to 6 pixels, of norm 1."""
     window = np.hanning(34)[1:-1]
     grey = crop.mean(axis=2)
     amplitude = np.abs(np.fft.fft2((grey - grey.mean()) * window * window[:, None]))
@@ -314,17 +331,17 @@ def dog_crops(root: Path, split: str) -> tuple[list[np.ndarray], np.ndarray]:
     for name in names:
         left, top, right, bottom = boxes[name]
         x, y = (int(np.clip(round(64 * (a + b)) - 16, 0, 96)) for a, b in ((left, right), (top, bottom)))
-        crops.append(read_picture(root, name)[y : y + 32, x : x + 32].astype(float))
+        crops.append(read_image(root, name)[y : y + 32, x : x + 32].astype(float))
     return crops, np.array(labels)
 
 
-def test_a_glimpse_shows_the_breed_also_in_a_mirror(toy):
-    """Nearest template: the mean spectrum of a breed's training crops."""
+def test_a_glimpse_shows_the_breed_even_when_mirrored(toy):
+    """Classification by the most similar template, the mean spectrum of a breed's training crops."""
     crops, labels = dog_crops(toy, "train")
     spectra = np.array([spectrum(crop) for crop in crops])
     templates = np.array([spectra[labels == label].mean(axis=0) for label in range(1, 9)])
     templates /= np.linalg.norm(templates, axis=1, keepdims=True)
     crops, labels = dog_crops(toy, "test")
     for mirror in (slice(None), slice(None, None, -1)):
-        found = [np.argmax(templates @ spectrum(crop[:, mirror])) + 1 for crop in crops]
-        assert np.mean(found == labels) > 0.9
+        predictions = [np.argmax(templates @ spectrum(crop[:, mirror])) + 1 for crop in crops]
+        assert np.mean(predictions == labels) > 0.9

@@ -1,33 +1,38 @@
-"""What users ask for: pictures of their own, tables of answers, what can be watched, help that helps."""
+"""What users ask for: their own images, tables of predictions, progress that can be watched, useful help."""
 
+import ast
 import builtins
-import csv
+import locale
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import Field, fields
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from conftest import BACKBONE, SMALL, draw_picture, fails, read_log
+from conftest import ARCH, BACKBONE, SMALL, draw_image, fails, fit, read_log, run, save_backbone, without_seconds
 from PIL import Image
 
 import dataset
 import main
 import pretrain
 import utils
-from dataset import DataError, PictureList, read_list
+from dataset import ImageList, read_list
+from model import Rollout
 
 CLASSIFIER = ["--rnn_hidden", "8", "--k", "1", "--start_size", "4", "--n_glimpses", "2"]
 
 
-def draw_folder(folder: Path, n_pictures: int, suffix: str = "jpg") -> None:
+def draw_folder(folder: Path, n_images: int, suffix: str = "jpg") -> None:
     folder.mkdir(parents=True)
-    for i in range(n_pictures):
-        draw_picture(np.random.default_rng(i), 40, 36).save(folder / f"{i}.{suffix}")
+    for i in range(n_images):
+        draw_image(np.random.default_rng(i), 40, 36).save(folder / f"{i}.{suffix}")
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def own_data(tmp_path: Path) -> Path:
         draw_folder(data_dir / "test" / name, 2, suffix)
     draw_folder(data_dir / "train" / "010.Cow" / "2019", 2)
     (data_dir / "train" / "010.Cow" / "._0.webp").write_text("of a file system")
-    (data_dir / "train" / "010.Cow" / "notes.txt").write_text("no picture")
+    (data_dir / "train" / "010.Cow" / "notes.txt").write_text("no image")
     return data_dir
 
 
@@ -50,103 +55,141 @@ def test_folders_of_classes(own_data: Path) -> None:
     train, test = (read_list(own_data, split) for split in ("train", "test"))
     assert train.class_names == test.class_names == ["Red cat", "Blue cat", "Cow"]
     assert [train.labels.count(label) for label in range(3)] == [4, 4, 6] and test.labels == [0, 0, 1, 1, 2, 2]
-    for pictures, folder in ((train, "train"), (test, "test")):
-        for file, label in zip(pictures.files, pictures.labels):
+    for images, folder in ((train, "train"), (test, "test")):
+        for file, label in zip(images.files, images.labels):
             assert file.is_file() and file.relative_to(own_data).parts[:2] == (
                 folder,
                 ("001.Red_cat", "002.Blue_cat", "010.Cow")[label],
             )
 
 
-def test_test_folder_may_lack_a_class_but_not_know_another(own_data: Path) -> None:
+def test_test_folder_may_lack_a_class_but_not_add_one(own_data: Path) -> None:
     shutil.rmtree(own_data / "test" / "002.Blue_cat")
     test = read_list(own_data, "test")
     assert test.class_names == ["Red cat", "Blue cat", "Cow"] and test.labels == [0, 0, 2, 2]
     draw_folder(own_data / "test" / "Dog", 1)
-    with pytest.raises(DataError, match=r"test has a class Dog that .*train has not"):
+    with pytest.raises(utils.UserError, match=r"test has a class Dog that .*train lacks"):
         read_list(own_data, "test")
 
 
-def test_pictures_without_a_test_set_are_divided(own_data: Path, tmp_path: Path) -> None:
-    data_dir = tmp_path / "divided"
-    for name, n_pictures in (("cat", 10), ("dog", 20)):
-        draw_folder(data_dir / "Images" / name, n_pictures)
+def test_images_without_a_test_set_are_split(own_data: Path, tmp_path: Path) -> None:
+    data_dir = tmp_path / "split"
+    for name, n_images in (("cat", 10), ("dog", 20)):
+        draw_folder(data_dir / "Images" / name, n_images)
     train, test = (read_list(data_dir, split) for split in ("train", "test"))
     assert (train, test) == tuple(read_list(data_dir, split) for split in ("train", "test"))
     assert [test.labels.count(label) for label in (0, 1)] == [2, 4] and len(train.files) == 24
-    assert not set(train.files) & set(test.files) and "20% of each class" in train.origin
+    assert not set(train.files) & set(test.files) and "20% of each class" in train.split_rule
 
 
-def test_folders_without_pictures_are_named(own_data: Path, tmp_path: Path) -> None:
+def test_folders_without_images_are_named(own_data: Path, tmp_path: Path) -> None:
     (own_data / "train" / "empty").mkdir()
-    with pytest.raises(DataError, match="classes empty"):
+    with pytest.raises(utils.UserError, match="classes empty"):
         read_list(own_data, "train")
     shutil.rmtree(own_data / "test")
-    with pytest.raises(DataError, match=r"own/test \(No such file"):
+    with pytest.raises(utils.UserError, match=r"own/test \(No such file"):
         read_list(own_data, "test")
     (tmp_path / "flat" / "Images").mkdir(parents=True)
-    draw_picture(np.random.default_rng(0), 9, 9).save(tmp_path / "flat" / "Images" / "a.jpg")
-    with pytest.raises(DataError, match="flat/Images"):
+    draw_image(np.random.default_rng(0), 9, 9).save(tmp_path / "flat" / "Images" / "a.jpg")
+    with pytest.raises(utils.UserError, match="flat/Images"):
         read_list(tmp_path / "flat", "train")
     draw_folder(tmp_path / "one" / "Images" / "cat", 1)
-    with pytest.raises(DataError, match="class cat has 1 picture to divide"):
+    with pytest.raises(utils.UserError, match="class cat has 1 image: .* it needs at least two"):
         read_list(tmp_path / "one", "train")
 
 
-def test_names_that_would_become_alike_stay_as_they_are() -> None:
+def test_names_that_would_become_equal_are_not_shortened() -> None:
     assert dataset.display_names(["n02085620-Chihuahua", "n02-toy_terrier"]) == ["Chihuahua", "toy terrier"]
     assert dataset.display_names(["1.cat", "2.cat"]) == ["1.cat", "2.cat"]
     assert dataset.display_names(["1.", "2.cat"]) == ["1.", "2.cat"]
 
 
-def test_both_scripts_on_own_pictures(own_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The whole way, and what is printed on it fits a terminal of 80 columns, paths aside."""
+def test_both_scripts_on_own_images(own_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """From pre-training to prediction; what is printed fits a terminal of 80 columns, paths aside."""
     out, imgs = tmp_path / "out", tmp_path / "imgs"
     shared = ["--data_dir", str(own_data), "--save_dir", str(out), "--imgs_dir", str(imgs), *SMALL]
-    pretrain.main([*shared[:4], *SMALL, *BACKBONE, "--epochs", "1"])
-    main.main([*shared, *CLASSIFIER, "--epochs", "2"])
+    run(pretrain, [*shared[:4], *SMALL, *BACKBONE, "--epochs", "1"])
+    run(main, [*shared, *CLASSIFIER, "--epochs", "2"])
     printed = capsys.readouterr().out
-    assert f"next: python main.py --data_dir {own_data} --save_dir {out}" in printed.splitlines()
-    lines = printed.replace(str(tmp_path), "").splitlines()
+    following = (
+        f"next: python main.py --data_dir {own_data} --save_dir {out} --valid_size 0.3 --epochs 1 --batch_size 4"
+    )
+    assert following in printed.splitlines()
+    lines = [line for line in printed.replace(str(tmp_path), "").splitlines() if not line.startswith("next: ")]
     assert max(map(len, lines)) < 90 and "\r" not in printed
     printed = re.sub(r"\s+", " ", printed)  # it is wrapped
     assert printed.count("3 classes: Red cat, Blue cat, Cow") == 2
-    assert printed.count("10 training pictures and 4 validation pictures") == 2
+    assert printed.count("10 training images and 4 validation images") == 2
     assert printed.count(f"as in {own_data}/train and") == 2
-    main.main([*shared, "--task=test", "--n_trajectories", "2"])
-    with open(out / "per_class.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["class"], row["pictures"]) for row in rows] == [("Red cat", "2"), ("Blue cat", "2"), ("Cow", "2")]
-    answers = read_log(out / "predictions.csv")
-    assert [own_data / row["file"] for row in answers] == read_list(own_data, "test").files
-    for row in rows:
-        mine = [answer["prediction"] == row["class"] for answer in answers if answer["truth"] == row["class"]]
-        assert float(row["mean of 2"]) == sum(mine) / len(mine)
+    run(main, [*shared, "--task=test", "--n_trajectories", "2"])
+    rows = read_log(out / "per_class_learned.csv")
+    assert list(rows[0]) == ["class", "images", "deterministic", "sampled_trajectory", "average_of_2"]
+    assert [(row["class"], row["images"]) for row in rows] == [("Red cat", "2"), ("Blue cat", "2"), ("Cow", "2")]
+    predictions = read_log(out / "predictions_learned.csv")
+    for estimate in ("deterministic", "average of 2"):
+        mine = [row for row in predictions if row["estimate"] == estimate]
+        assert [own_data / row["file"] for row in mine] == read_list(own_data, "test").files
+        for row in rows:
+            correct = [p["predicted_class"] == row["class"] for p in mine if p["true_class"] == row["class"]]
+            assert float(row[estimate.replace(" ", "_")]) == pytest.approx(sum(correct) / len(correct), abs=1e-4)
 
     draw_folder(tmp_path / "photos", 2, "png")
-    (tmp_path / "photos" / "thumbs.db").write_text("no picture")
+    (tmp_path / "photos" / "thumbs.db").write_text("no image")
     photo = tmp_path / "a photo.jpg"
-    draw_picture(np.random.default_rng(0), 300, 400).save(photo)
+    draw_image(np.random.default_rng(0), 300, 400).save(photo)
     (tmp_path / "empty").mkdir()
     capsys.readouterr()
-    main.main([*shared[2:6], "--task=predict", "--images", str(photo), str(tmp_path / "photos")])
+    run(main, [*shared[2:6], "--task=predict", "--images", str(photo), str(tmp_path / "photos")])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" (drawn")[0] for line in lines if "drawn" in line] == [
         str(photo),
         *(str(tmp_path / "photos" / f"{i}.png") for i in (0, 1)),
     ]
     assert len(list(imgs.glob("predict_*.jpg"))) == 3
-    (tmp_path / "notes.txt").write_text("no picture")
-    for path, reason in ((tmp_path / "empty", "no picture in that folder"), (tmp_path / "notes.txt", "not a picture")):
+    (tmp_path / "notes.txt").write_text("no image")
+    for path, reason in ((tmp_path / "empty", "no image in that folder"), (tmp_path / "notes.txt", "not an image")):
         argv = [*shared, "--task=predict", "--imgs_dir", str(tmp_path / "nothing"), "--images", str(path)]
-        assert reason in fails(main.main, argv)
+        assert reason in fails(main, argv)
     assert not (tmp_path / "nothing").exists()
 
 
-def test_pictures_of_phones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_utf8_whatever_the_locale(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The names of folders and the tables that hold them, where Python's default encoding cannot express them."""
+    data_dir, out = tmp_path / "own", tmp_path / "out"
+    for split, n_images in (("train", 2), ("test", 1)):
+        for name in ("柴犬", "Größe"):
+            draw_folder(data_dir / split / name, n_images)
+    out.mkdir()
+    save_backbone(out / "pt_glimpse_model.tar")
+    images = read_list(data_dir, "test")
+    rows = ["file,left,top,right,bottom\n", *(f"{'/'.join(file.parts[-2:])},0,0,1,1\n" for file in images.files)]
+    (data_dir / "lists").mkdir()
+    (data_dir / "lists" / "dogs.csv").write_text("".join(rows), encoding="utf-8")
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        if sys.flags.utf8_mode:
+            pytest.skip("Python uses UTF-8 in every locale here")
+        shared = ["--data_dir", str(data_dir), "--save_dir", str(out), *SMALL]
+        run(main, [*shared, *CLASSIFIER, "--epochs", "1"])
+        run(main, [*shared, "--task=test"])
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+    assert "2 classes: Größe, 柴犬" in capsys.readouterr().out
+    assert {row["true_class"] for row in read_log(out / "predictions_learned.csv")} == {"Größe", "柴犬"}
+    assert {row["class"] for row in read_log(out / "per_class_learned.csv")} == {"Größe", "柴犬"}
+
+
+def test_names_that_are_no_text_are_written_as_they_are(tmp_path: Path) -> None:
+    """Python reads names of folders that it cannot decode, as all that are not ASCII under LC_ALL=C, as surrogates."""
+    utils.write_table(tmp_path / "a.csv", ["class"], [["柴犬".encode().decode("ascii", "surrogateescape")]])
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8").split() == ["class", "柴犬"]
+
+
+def test_images_of_phones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """200 megapixels are read, which Pillow would refuse; for HEIC the package that reads it is named."""
     Image.new("L", (16384, 12288), 100).save(tmp_path / "large.jpg")
-    assert min(dataset.read_picture(tmp_path / "large.jpg", 384).size) == 12288 // 8
+    assert min(dataset.read_image(tmp_path / "large.jpg", 384).size) == 12288 // 8
     path = tmp_path / "photo.HEIC"
     path.write_bytes(b"")
     real = builtins.__import__
@@ -156,22 +199,36 @@ def test_pictures_of_phones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             raise ImportError(name)
         return real(name, *rest)
 
-    with monkeypatch.context() as patch, pytest.raises(DataError, match="pip install pillow-heif"):
+    with monkeypatch.context() as patch, pytest.raises(utils.UserError, match="pip install pillow-heif"):
         patch.setattr(builtins, "__import__", missing)
-        dataset.read_picture(path, 32)
+        dataset.read_image(path, 32)
     heif = pytest.importorskip("pillow_heif")
     heif.register_heif_opener()
-    picture = draw_picture(np.random.default_rng(0), 320, 240)
-    picture.save(path, quality=95)
-    error = np.abs(np.asarray(dataset.read_picture(path, 32)).astype(int) - np.asarray(picture)).mean()
+    image = draw_image(np.random.default_rng(0), 320, 240)
+    image.save(path, quality=95)
+    error = np.abs(np.asarray(dataset.read_image(path, 32)).astype(int) - np.asarray(image)).mean()
     assert error < 4
 
 
-def test_output_that_nobody_reads_on_ends_the_run_quietly(tmp_path: Path) -> None:
-    code = "import utils\ndef main():\n    for i in range(10**6): print(i, flush=True)\nutils.run(main)"
-    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1"
-    done = subprocess.run(command, shell=True, cwd=Path(main.__file__).parent, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("0\n", "")
+def test_closed_output_ends_the_run_quietly(tmp_path: Path) -> None:
+    """As that of `python main.py | head -1`; a pipe of another kind that breaks is an error like any other."""
+    code = """
+import torch, utils
+machine = utils.Machine(torch.device("cpu"), [], "fp32", 0, 1)
+def main():
+    for i in range(10**6):
+        machine.print(str(i))
+utils.run(main)
+"""
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=Path(main.__file__).parent, capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("0\n", "", 141)
+
+    def broken() -> None:
+        raise BrokenPipeError("of a loader's worker")
+
+    with pytest.raises(BrokenPipeError, match="of a loader's worker"):
+        utils.run(broken)
 
 
 # --- what is reported
@@ -188,55 +245,72 @@ def test_confused_classes_by_hand() -> None:
     assert len(main.most_confused(many.roll(1), many, [str(i) for i in range(20)])) == main.N_CONFUSED
 
 
-def test_rewards_are_of_the_predictions_that_count() -> None:
-    logits = torch.eye(3)[torch.tensor([[[0, 1], [1, 2]]])]  # one picture, two trajectories: 0 then 1, and 1 then 2
-    rollout = main.Rollout(logits, *(torch.zeros(1, 2, 2) for _ in range(4)))
+def test_rewards_are_of_the_supervised_predictions() -> None:
+    logits = torch.eye(3)[torch.tensor([[[0, 1], [1, 2]]])]  # one image, two trajectories: 0 then 1, and 1 then 2
+    rollout = Rollout(logits, *(torch.zeros(1, 2, 2) for _ in range(4)))
     for supervision, wanted in (("each", [[0, 1], [1, 0]]), ("last", [[1, 1], [0, 0]])):
         assert main.rewards(rollout, torch.tensor([1]), supervision).tolist() == [wanted]
 
 
-def test_choice_of_pictures_is_fixed() -> None:
+def test_choice_of_images_is_fixed() -> None:
     assert main.fixed_choice(50, 8, 0) == main.fixed_choice(50, 20, 0)[:8] != main.fixed_choice(50, 8, 1)
     assert sorted(main.fixed_choice(5, 8, 0)) == [0, 1, 2, 3, 4]
 
 
-def test_tensorboard_shows_the_metrics_and_the_same_pictures(
+def test_tensorboard_shows_the_metrics_and_the_same_images(
     own_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """A run that is resumed goes on where the log does."""
+    """A resumed run continues where the log ends."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     out = tmp_path / "out"
     shared = ["--data_dir", str(own_data), "--save_dir", str(out), *SMALL]
-    pretrain.main([*shared, *BACKBONE, "--epochs", "1", "--tensorboard"])
-    main.main([*shared, *CLASSIFIER, "--epochs", "2", "--lr_schedule", "constant", "--tensorboard=True"])
-    plain = (out / "log.csv").read_text()
-    main.main([*shared, *CLASSIFIER, "--epochs", "1", "--lr_schedule", "constant", "--tensorboard"])
-    main.main([*shared, "--resume_training", "--epochs", "2", "--tensorboard"])
-    assert (out / "log.csv").read_text() == plain  # drawing changes nothing, resuming neither
+    run(pretrain, [*shared, *BACKBONE, "--epochs", "1", "--tensorboard"])
+    run(main, [*shared, *CLASSIFIER, "--epochs", "2", "--lr_schedule", "constant", "--tensorboard=True"])
+    plain = without_seconds(read_log(out / "log.csv"))
+    run(main, [*shared, *CLASSIFIER, "--epochs", "1", "--lr_schedule", "constant", "--tensorboard", "--overwrite"])
+    run(main, [*shared, "--resume_training", "--epochs", "2", "--tensorboard"])
+    assert without_seconds(read_log(out / "log.csv")) == plain  # neither drawing nor resuming changes anything
     assert f"tensorboard --logdir {out / 'tensorboard'}" in re.sub(r"\s+", " ", capsys.readouterr().out)
-    for script, log in (("main", "log.csv"), ("pretrain", "pt_log.csv")):
-        board = events.EventAccumulator(str(out / "tensorboard" / script), size_guidance={"images": 0})
+    for log in ("log", "pt_log"):
+        board = events.EventAccumulator(str(out / "tensorboard" / log), size_guidance={"images": 0})
         board.Reload()
-        rows = read_log(out / log)
-        names = {f"{name.partition('_')[2]}/{name.partition('_')[0]}" for name in rows[0] if name != "epoch"}
-        assert set(board.Tags()["scalars"]) == names and {"loss/train"} <= names
-        for name in names:
-            scalars = board.Scalars(name)
+        rows = read_log(out / f"{log}.csv")
+        columns = {"/".join(reversed(name.split("_", 1))): name for name in rows[0] if name != "epoch"}
+        assert set(board.Tags()["scalars"]) == columns.keys() and {"loss/train", "nll/valid", "lr"} <= columns.keys()
+        for tag, column in columns.items():
+            scalars = board.Scalars(tag)
             assert [scalar.step for scalar in scalars] == [int(row["epoch"]) for row in rows]
-            what, part = name.split("/")
-            assert [s.value for s in scalars] == pytest.approx([float(row[f"{part}_{what}"]) for row in rows], rel=1e-4)
-        if script == "main":
-            wanted = {"reward/train", "expected_reward/train", "off_center/train", "off_center/valid"}
-            assert wanted <= names
+            assert [s.value for s in scalars] == pytest.approx([float(row[column]) for row in rows], rel=1e-4)
+        if log == "log":
+            wanted = {"reward/train", "expected_reward/train", "lr/attention"}
+            wanted |= {f"distance_from_center/{part}" for part in ("train", "valid")}
+            assert wanted <= columns.keys()
             assert set(board.Tags()["images"]) == {f"validation/{i}" for i in range(4)}  # all that there are
             assert [image.step for image in board.Images("validation/0")] == [1, 2]
 
-    for task in ("test", "probe"):
-        with pytest.raises(SystemExit):
-            pretrain.parse_args([f"--task={task}", "--tensorboard"])
-        assert f"--tensorboard does not go with --task={task}" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
-    assert "pip install tensorboard" in fails(main.main, [*shared, *CLASSIFIER, "--epochs", "1", "--tensorboard"])
+    argv = [*shared, *CLASSIFIER, "--epochs", "1", "--tensorboard", "--overwrite"]
+    assert "pip install tensorboard" in fails(main, argv)
+
+
+def test_progress_is_printed_where_there_is_no_terminal(
+    own_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A line a minute, so none in a short run."""
+    shared = ["--data_dir", str(own_data), "--save_dir", str(tmp_path), *SMALL, "--epochs", "1", "--overwrite"]
+    save_backbone(tmp_path / "pt_glimpse_model.tar")
+    run(main, [*shared, *CLASSIFIER])
+    assert not re.search(r"\bstep\b|images/s", "".join(capsys.readouterr()))
+    monkeypatch.setattr(utils, "SECONDS_PER_LINE", 0)
+    run(main, [*shared, *CLASSIFIER])
+    printed = capsys.readouterr()
+    lines = [line for line in printed.out.splitlines() if ": step " in line]
+    rest = r"\d+\.\d images/s, (\d\d:\d\d) left"
+    titles = [rf"epoch 1/1: step {i} of 3, loss \d+\.\d{{3}}" for i in (1, 2, 3)] + ["validation: step 1 of 1"]
+    left = [re.fullmatch(f"{title}, {rest}", line)[1] for title, line in zip(titles, lines, strict=True)]
+    assert left[2:] == ["00:00", "00:00"] and not printed.err
+    run(main, [*fit(main, [*shared[:-3], "--task=test"]), "--n_trajectories", "1"])
+    assert "test: step 2 of 2, " in capsys.readouterr().out
 
 
 # --- words
@@ -248,33 +322,136 @@ def test_help_is_in_groups_and_fits_the_terminal(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
-        script.parse_args(["--help"])
-    lines = capsys.readouterr().out.splitlines()
+        script.main(["--help"])
+    lines = capsys.readouterr().out.replace(f",{ARCH}", "").splitlines()  # an architecture of the tests
     assert stop.value.code == 0 and max(map(len, lines)) <= 80
     groups = [line for line in lines if re.fullmatch(r"[a-z ]+:", line)]
     assert groups == ["options:", "task:", "data and files:", "training:", "machine:", "network:"]
 
 
+def tasks_of(script: ModuleType) -> tuple[str, ...]:
+    [task] = [field for field in fields(script.Settings) if field.name == "task"]
+    return task.metadata["rules"]["one_of"]
+
+
+def an_argument(field: Field) -> str:
+    """A valid value for a flag."""
+    if isinstance(field.default, Path | tuple):
+        return "a"
+    choices = field.metadata["rules"].get("one_of")
+    return str(choices[0] if choices else field.default) or "0"
+
+
+@pytest.mark.parametrize(
+    ("script", "task"), [(script, task) for script in (main, pretrain) for task in tasks_of(script)]
+)
+def test_flags_without_effect_are_refused(script: ModuleType, task: str, capsys: pytest.CaptureFixture) -> None:
+    refused = set()
+    for field in fields(script.Settings):
+        if field.name == "task":
+            continue
+        argv = [f"--task={task}", f"--{field.name}", an_argument(field)]
+        if task in (field.metadata["tasks"] or [task]):
+            assert utils.parse_flags(script.Settings, script.__doc__, argv).keys() == {"task", field.name}
+        else:
+            with pytest.raises(SystemExit) as stop:
+                utils.parse_flags(script.Settings, script.__doc__, argv)
+            assert stop.value.code == 2
+            wanted = f"error: --{field.name} has no effect on --task={task}: leave it out\n"
+            assert capsys.readouterr().err == wanted
+            refused.add(field.name)
+    training = {"epochs", "lr", "resume_training", "overwrite", "tensorboard"}
+    assert refused >= training if task != "train" else not refused & {*training, "data_dir", "backbone", "weights"}
+    assert not refused & {"device", "gpus", "precision"} and ("save_dir" in refused) == (task == "probe")
+    for name, users in {
+        "images": {"predict"},
+        "imgs_dir": {"predict", "view_glimpses"},
+        "n_trajectories": {"predict", "test"},
+        "n_samples": {"view_glimpses"},
+        "data_dir": {"train", "test", "probe", "view_glimpses"},
+        "valid_size": {"train", "probe"},
+        "batch_size": {"train", "test", "probe"},
+        "num_workers": {"train", "test", "probe"},
+    }.items():
+        if name in script.Settings.__dataclass_fields__:
+            assert (name in refused) == (task not in users), name
+
+
+@pytest.mark.parametrize("script", [main, pretrain])
+def test_help_names_tasks_and_defaults(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    text = capsys.readouterr().out.partition("\noptions:")[2]
+    sections = {name: part for name, part in re.findall(r"^  --(\w+)(.*?)(?=^ {1,2}-|^\S|\Z)", text, re.M | re.S)}
+    assert sections.keys() == script.Settings.__dataclass_fields__.keys()
+    for field in fields(script.Settings):
+        part = " ".join(sections[field.name].split())
+        tasks = [task for task in tasks_of(script) if task in field.metadata["tasks"]]
+        of_some = tasks and len(tasks) < len(tasks_of(script))
+        assert re.findall(r"\[([a-z_, ]+)\]$", part) == ([", ".join(tasks)] if of_some else []), part
+        if isinstance(field.default, bool | tuple):
+            assert "default" not in part
+        else:
+            [shown] = re.findall(r"\(default: (.*?)\)", part)
+            assert field.default == "" or shown == str(field.default)
+
+
+def named_values(tree: ast.AST) -> Iterator[tuple[object, ast.expr | None]]:
+    """Defaults of parameters, entries of dicts and keyword arguments, by name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arguments):
+            names = [argument.arg for argument in (*node.posonlyargs, *node.args)]
+            yield from zip(names[len(names) - len(node.defaults) :], node.defaults)
+            yield from zip([argument.arg for argument in node.kwonlyargs], node.kw_defaults)
+        elif isinstance(node, ast.Dict):
+            yield from zip([getattr(key, "value", None) for key in node.keys], node.values)
+        elif isinstance(node, ast.keyword):
+            yield node.arg, node.value
+
+
+def test_defaults_are_written_once() -> None:
+    """In the fields of the settings, from which flags, help, checks and checkpoints derive."""
+    settings = {(field.name, field.default) for script in (main, pretrain) for field in fields(script.Settings)}
+    for path in sorted(Path(main.__file__).parent.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        of_2018 = [node for node in tree.body if "BACKBONE_OF_2018" in ast.unparse(node).partition(" = ")[0]]
+        exempt = [pair for node in of_2018 for pair in named_values(node)]  # of a file, whatever the defaults are
+        for name, value in named_values(tree):
+            if isinstance(value, ast.Constant) and (name, value) not in exempt:
+                assert (name, value.value) not in settings, f"{path.name}: the default of {name} again"
+
+
+def test_help_repeats_no_default_or_range_in_words() -> None:
+    explained = {"epochs": {0}}  # what 0 does
+    for script in (main, pretrain):
+        for field in fields(script.Settings):
+            limits = [field.default, *field.metadata["rules"].values()]
+            known = {limit for limit in limits if type(limit) in (int, float)} - explained.get(field.name, set())
+            numbers = {float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", field.metadata["help"])}
+            assert not known & numbers, f"--{field.name}: {field.metadata['help']}"
+
+
 def test_next_command_keeps_the_folders() -> None:
-    args = main.parse_args(["--data_dir", "my dogs"])
-    assert utils.next_command(args, "main.py", "--task=test") == "next: python main.py --task=test --data_dir 'my dogs'"
+    settings = main.Settings(data_dir=Path("my dogs"), lr=0.5)
+    following = "next: python main.py --task=test --data_dir 'my dogs'"
+    assert utils.next_command(settings, "main.py", "--task=test") == following
+    assert utils.next_command(settings, "main.py", keep=["lr"]) == "next: python main.py --lr 0.5"
 
 
-def test_a_run_is_described_in_a_few_short_lines() -> None:
+def test_a_run_is_described_in_a_few_short_lines(tmp_path: Path) -> None:
     names = [f"class {i}" for i in range(120)]
     assert utils.describe_classes(names) == "120 classes: class 0, class 1, class 2, ..., class 119"
     assert utils.describe_classes(["cat"]) == "1 class: cat"
-    pictures = PictureList([Path("a")] * 1201, [0] * 1201, names, "as in a/lists")
-    text = utils.describe_run(
-        flags={"lr": 1e-4},
-        data=dataset.describe_data(pictures, pictures),
-        origin=pictures.origin,
-        outputs={"best": Path("a/b.tar")},
-        model=torch.nn.Linear(1000, 1000),
-        machine=utils.Machine(torch.device("cpu"), [], "fp32", 0, 2),
-        board=None,
-    )
-    assert "1,201 training pictures and 1,201 validation pictures of 120 classes" in text and "as in a/lists" in text
-    assert (
-        "1.0 M parameters, 1.0 M of them trained" in text and "2 processes, fp32" in text and "a/b.tar (best)" in text
-    )
+    images = ImageList([Path("a")] * 1201, [0] * 1201, names, "as in a/lists")
+    settings = main.Settings(save_dir=tmp_path / "a", lr=0.25)
+    machine = utils.Machine(torch.device("cpu"), [], "fp32", 0, 2)
+    training = utils.Run(settings, machine, main.FILES, None, data=dataset.describe_data(images, images))
+    text = training.describe(torch.nn.Linear(1000, 1000), images.split_rule)
+    assert max(map(len, text.replace(str(tmp_path), "").splitlines())) < 80
+    text = re.sub(r"\s+", " ", text)  # it is wrapped
+    assert "1,201 training images and 1,201 validation images of 120 classes" in text and "as in a/lists" in text
+    assert "1.0 M parameters, 1.0 M of them trained" in text and "2 processes, fp32" in text
+    assert "saved_model.tar (best)" in text and " lr=0.25 " in text and "n_trajectories" not in text

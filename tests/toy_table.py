@@ -1,7 +1,7 @@
 """Train and test every policy on the toy set with several seeds, and print the README's table. Run by hand.
 
-It runs the commands that a user would, prints each, and keeps what it wrote under --out: an interrupted table is
-continued by calling it again. Delete that folder after changing the code or the data.
+It runs the same commands as a user, prints each, and keeps the results under --out, so that the same command resumes an
+interrupted run. Delete that folder after changing the code or the data.
 """
 
 import argparse
@@ -27,12 +27,12 @@ ROWS = {
 }
 COLUMNS = {
     "deterministic": "policy deterministic accuracy",
-    "one trajectory": "policy one trajectory accuracy",
-    "mean of 7": "policy mean of 7 accuracy",
-    "1st on dog": "glimpse 1 deterministic on dog",
-    "2nd on dog": "glimpse 2 deterministic on dog",
-    "1st, sampled": "glimpse 1 one trajectory on dog",
-    "2nd, sampled": "glimpse 2 one trajectory on dog",
+    "sampled trajectory": "policy sampled trajectory accuracy",
+    "average of 7": "policy average of 7 accuracy",
+    "hit rate, 1st glimpse": "glimpse 1 deterministic hit_rate",
+    "2nd glimpse": "glimpse 2 deterministic hit_rate",
+    "1st, sampled": "glimpse 1 sampled trajectory hit_rate",
+    "2nd, sampled": "glimpse 2 sampled trajectory hit_rate",
 }
 
 
@@ -44,22 +44,23 @@ def run(script: str, flags: list[str]) -> str:
 
 
 def read_report(report: str) -> dict[str, float]:
-    """The figures that `--task=test` printed, by "policy <kind of trajectory> <name>", "glimpse <t> <kind> <name>"."""
+    """The figures that `--task=test` printed, by "policy <estimate> <name>" and "glimpse <t> <estimate> <name>"."""
     figures = {}
     lines = [line for line in report.splitlines() if line.startswith(("policy", "glimpse"))]
-    for line in lines:  # in columns: whose figures, kind of trajectory, figures
-        subject, kind = line[:15].strip(), line[15:31].strip()
-        start = f"{subject if subject.startswith('glimpse') else 'policy'} {kind}"
-        figures |= {f"{start} {name}": float(x) for name, x in re.findall(r"([a-z]\S.*?) (\d\.\d+)", line[31:])}
+    for line in lines:  # in columns: policy or glimpse, estimate, figures
+        subject, estimate = line[:15].strip(), line[15:35].strip()
+        start = f"{subject if subject.startswith('glimpse') else 'policy'} {estimate}"
+        figures |= {f"{start} {name}": float(x) for name, x in re.findall(r"(\w+) (\d+\.\d+)", line[35:])}
     return figures
 
 
 def measure(data_dir: Path, out: Path, seed: int) -> dict[str, dict[str, float]]:
     """Figures of every row for one seed."""
     folder = out / f"seed_{seed}"
-    shared = ["--data_dir", str(data_dir), "--batch_size", "32", "--lr", "1e-3", "--seed", str(seed)]
+    data = ["--data_dir", str(data_dir), "--batch_size", "32"]
+    training = [*data, "--lr", "1e-3", "--seed", str(seed), "--overwrite"]  # what an interrupted run left
     if not (folder / "done").exists():
-        run("pretrain.py", [*shared, "--save_dir", str(folder), *BACKBONE])
+        run("pretrain.py", [*training, "--save_dir", str(folder), *BACKBONE])
         (folder / "done").touch()
     figures = {}
     for row, flags in ROWS.items():
@@ -67,8 +68,8 @@ def measure(data_dir: Path, out: Path, seed: int) -> dict[str, dict[str, float]]
         report = Path(place[1]) / "test.txt"
         if not report.exists():
             backbone = ["--backbone", str(folder / "pt_glimpse_model.tar")]
-            run("main.py", [*shared, *place, *backbone, *CLASSIFIER, "--epochs", "10", *flags])
-            report.write_text(run("main.py", [*shared, *place, "--task=test"]))
+            run("main.py", [*training, *place, *backbone, *CLASSIFIER, "--epochs", "10", *flags])
+            report.write_text(run("main.py", [*data, *place, "--task=test", "--seed", str(seed)]))
         figures[row] = read_report(report.read_text())
     return figures
 
@@ -76,8 +77,12 @@ def measure(data_dir: Path, out: Path, seed: int) -> dict[str, dict[str, float]]
 def main(argv: list[str] | None = None) -> None:
     """Measure all seeds and print means and standard deviations as a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data_dir", type=Path, default=ROOT / "data/toy", help="of data/toy_dogs.py (%(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "data/toy/table", help="for checkpoints (%(default)s)")
+    parser.add_argument(
+        "--data_dir", type=Path, default=ROOT / "data/toy", help="images of data/toy_dogs.py (%(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "data/toy/table", help="folder for checkpoints (%(default)s)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
     args = parser.parse_args(argv)
     seeds = [measure(args.data_dir, args.out, seed) for seed in args.seeds]
