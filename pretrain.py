@@ -145,7 +145,7 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
             seconds = time.perf_counter() - start
             figures = {"train": means, "valid": valid, "lr": settings.lr, "seconds": seconds}
             is_best = run.save(epoch, valid["nll"], model, optimizer, **figures)
-            heads = ", ".join(f"{name} {valid['accuracy_' + name]:.3f}" for name in HEADS)
+            heads = ", ".join(f"{name} {valid['accuracy_' + name]:.2f}" for name in HEADS)
             machine.print(
                 f"{title}: loss {means['loss']:.3f}; valid {heads}, NLL {valid['nll']:.3f}"
                 f"{' (best)' if is_best else ''}; {seconds:.0f} s"
