@@ -1,17 +1,20 @@
-"""Stanford Dogs or your own images: lists, a seeded stratified split, decoding, and loaders.
+"""Stanford Dogs or your own images: layouts and lists, splits, a check of all images, decoding, and loaders.
 
-Layouts of DATA_DIR, the first that fits:
-- Stanford Dogs: Images/<class>/<file> and lists/{train,test}_list.mat (MATLAB 5 files with the cell column `file_list`
-  of names below Images and the column `labels` counted from 1);
-- train/<class>/<file> and test/<class>/<file>;
-- Images/<class>/<file> alone: a fifth of each class, the same in every run, is the test set.
+Layouts of DATA_DIR, the first that fits; folder names may be in any case, hidden files and folders are ignored:
+- Images/<class>/<file> and lists/{train,test}_list.mat, as Stanford Dogs (MATLAB 5 files with the cell column
+  `file_list` of names below Images and the column `labels` counted from 1);
+- train/<class>/<file> with test/, with val/, or with both: val/ is the validation set if there is a test/, else the
+  test set;
+- Images/<class>/<file> or <class>/<file> alone: a fifth of each class is the test set.
 """
 
+import contextlib
 import csv
 import hashlib
 import os
 import random
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,15 +25,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.io import loadmat
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
-from utils import UserError
+import utils
+from utils import Machine, UserError
 
 IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".avif", ".heic", ".heif")
 LARGEST_IMAGE = 2**28  # pixels, enough for today's phones; Pillow warns above this and refuses twice as many
 TEST_SIZE = 0.2  # fraction of each class, for data without a test set
-SPLIT_SEED = 0  # of every run, since a backbone must not have been trained on what main.py validates on
+BYTES_HASHED = 2**16  # of each image, from its beginning
+N_NAMED = 10  # bad images that a message names
+HOW_TO_GET_DATA = (
+    ": fetch Stanford Dogs with `python data/stanford_dogs.py`, draw a small synthetic set with "
+    "`python data/toy_dogs.py`, or give --data_dir"
+)
 BOX_EDGES = ("left", "top", "right", "bottom")
 
 
@@ -40,31 +49,86 @@ class ImageList(NamedTuple):
     files: list[Path]
     labels: list[int]
     class_names: list[str]
-    split_rule: str = ""  # in words, how training and test images were told apart
+    split_rule: str = ""  # in words, how training, validation and test images are told apart
+
+    def subset(self, indices: Iterable[int]) -> "ImageList":
+        """The images at these places."""
+        chosen = list(indices)
+        return self._replace(files=[self.files[i] for i in chosen], labels=[self.labels[i] for i in chosen])
 
 
-def read_list(data_dir: str | Path, split: str) -> ImageList:
-    """The images of a split, "train" or "test", in any of the layouts. Opens none of them.
+NO_IMAGES = ImageList([], [], [])
 
-    Raises UserError for missing folders and images, and for a missing or broken list.
+
+# --- layouts
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file or folder belongs to the data, and not to a file system, a notebook or an archive."""
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether a file name is that of an image."""
+    name = os.path.basename(path)
+    return name.lower().endswith(IMAGE_SUFFIXES) and is_visible(name)
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Names of the visible folders in a folder. Raises UserError if it cannot be read."""
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and is_visible(entry.name))
+    except OSError as error:
+        hint = HOW_TO_GET_DATA if folder == utils.SharedSettings.data_dir else ""
+        raise UserError(f"the folder {folder} cannot be read ({error.strerror}){hint}") from error
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The images in a folder at any depth, in a fixed order."""
+    found = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(filter(is_visible, folders))
+        found += [Path(root, name) for name in sorted(names) if is_image(name)]
+    return found
+
+
+def read_list(data_dir: str | Path, part: str) -> ImageList:
+    """The images of a part: "train", "valid" (none if they are yet to be held out of "train") or "test".
+
+    Opens no image, and no list but that of the part. Raises UserError for what is missing or contradictory.
     """
     data_dir = Path(data_dir)
+    folders = {name.lower(): data_dir / name for name in subfolders(data_dir)}
+    if {"images", "lists"} <= folders.keys():
+        rule = f"as in {folders['lists']}"
+        return read_official_list(folders["images"], folders["lists"], part, rule) if part != "valid" else NO_IMAGES
+    if "train" not in folders and "test" in folders:
+        raise UserError(f"--data_dir: {data_dir} has a folder test, but no folder train")
+    if "train" in folders:
+        test, valid = folders.get("test"), folders.get("val") or folders.get("valid") or folders.get("validation")
+        if not test:
+            test, valid = valid, None
+        used = {"train": folders["train"], "validate": valid, "test": test}
+        rule = ", ".join(f"{folder.name}/ to {use}" for use, folder in used.items() if folder)
+        where = {"train": folders["train"], "valid": valid, "test": test}[part]
+        if part == "test" and not where:
+            raise UserError(f"--data_dir: {data_dir} has no folder test (or val) beside train")
+        return read_class_folders(where, rule, folders["train"]) if where else NO_IMAGES
+    if part == "valid":
+        return NO_IMAGES
+    folder = folders.get("images", data_dir)
+    rule = f"{TEST_SIZE:.0%} of each class in {folder} are the test set"
+    everything = read_class_folders(folder, rule, folder)
+    return split_list(everything, TEST_SIZE, "test", n_parts=3)[part == "test"]
 
-    def has(folder: str) -> bool:  # unlike Path's own, False for a name that is too long
-        return os.path.isdir(data_dir / folder)
 
-    if has("lists") and has("Images"):
-        return read_official_list(data_dir, split)
-    if has("train") or has("test"):
-        return read_class_folders(data_dir / split, f"as in {data_dir}/train and {data_dir}/test", data_dir / "train")
-    if has("Images"):
-        split_rule = f"{data_dir} has no lists: {TEST_SIZE:.0%} of each class, the same in every run, are test images"
-        return split_list(read_class_folders(data_dir / "Images", split_rule), TEST_SIZE)[split == "test"]
-    raise UserError(
-        f"no images at {data_dir / 'Images'} or {data_dir / 'train'}: make them with `python data/stanford_dogs.py` "
-        "(Stanford Dogs) or `python data/toy_dogs.py` (a small synthetic set in data/toy), put your own into "
-        "Images/<class>/, or give another --data_dir"
-    )
+def read_training_lists(data_dir: Path, valid_size: float) -> tuple[ImageList, ImageList]:
+    """The training and the validation images; valid_size is the fraction to hold out if there is no folder of these."""
+    train, valid = read_list(data_dir, "train"), read_list(data_dir, "valid")
+    if valid.files:
+        return train, valid
+    rule = f"{train.split_rule}; {valid_size:.0%} of each class are held out for validation"
+    return split_list(train._replace(split_rule=rule), valid_size, "validation", n_parts=2)
 
 
 def display_names(folders: list[str]) -> list[str]:
@@ -73,39 +137,33 @@ def display_names(folders: list[str]) -> list[str]:
     return names if all(names) and len(set(names)) == len(names) else folders
 
 
-def is_image(path: str | Path) -> bool:
-    """Whether a file name is that of an image; hidden files, which some systems keep beside images, are none."""
-    name = os.path.basename(path)
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+def read_class_folders(folder: Path, split_rule: str, like: Path) -> ImageList:
+    """Images in one folder per class, at any depth; the folders of `like` are the classes.
 
-
-def read_class_folders(folder: Path, split_rule: str, like: Path | None = None) -> ImageList:
-    """Images in one folder per class, at any depth; `like` is a folder that defines the classes.
-
-    Raises UserError if there are none, and for a class that `like` does not have.
+    Raises UserError if there are none, for a class of `like` without images, and for one that `like` does not have.
     """
-    try:
-        present, _ = find_classes(folder)
-        classes, numbers = find_classes(like if like and os.path.isdir(like) else folder)
-        # A class needs training images, but may lack test images.
-        samples = make_dataset(folder, numbers, is_valid_file=is_image, allow_empty=like not in (None, folder))
-    except OSError as error:
-        reason = error.strerror or str(error).rstrip(". ")
-        raise UserError(f"no images of classes in {folder} ({reason}): see --data_dir") from error
+    classes, present = subfolders(like), subfolders(folder)
     if unknown := sorted(set(present) - set(classes)):
         raise UserError(f"{folder} has a class {unknown[0]} that {like} lacks: rename or remove it")
-    if not samples:
-        raise UserError(f"no images in the folders of {folder}: see --data_dir")
-    files, labels = zip(*samples)
-    return ImageList([Path(file) for file in files], list(labels), display_names(classes), split_rule)
+    found = [images_below(folder / name) for name in classes]
+    if not any(found):
+        flat = [name for name in os.listdir(folder) if is_image(name)]
+        what = f"{utils.count(len(flat), 'image')}, but no folder for each class" if flat else "no folders of images"
+        raise UserError(f"{folder} has {what}: put the images into {folder}/<class>/")
+    if folder == like and (empty := [name for name, files in zip(classes, found) if not files]):
+        raise UserError(f"the class {empty[0]} in {folder} has no images: add some, or remove the folder")
+    if len(classes) < 2:
+        raise UserError(f"{folder} has one class only, {classes[0]}: there is nothing to tell apart")
+    labels = [label for label, files in enumerate(found) for _ in files]
+    return ImageList([file for files in found for file in files], labels, display_names(classes), split_rule)
 
 
-def read_official_list(data_dir: Path, split: str) -> ImageList:
+def read_official_list(images: Path, lists: Path, part: str, split_rule: str) -> ImageList:
     """Read a list in the official format, and check that every listed image exists.
 
     Raises UserError for a missing or broken list and missing images.
     """
-    path = data_dir / "lists" / f"{split}_list.mat"
+    path = lists / f"{part}_list.mat"
     if not os.path.isfile(path):
         raise UserError(f"list {path} not found: run `python data/stanford_dogs.py` again to fetch the lists")
     try:
@@ -126,13 +184,13 @@ def read_official_list(data_dir: Path, split: str) -> ImageList:
             raise UserError(f"list {path} is broken: label {label + 1} stands for {folders[label]} and {parts[0]}")
     if sorted(folders) != list(range(len(folders))) or len(set(folders.values())) != len(folders):
         raise UserError(f"list {path} is broken: its labels must be 1 to the number of breeds, one for each folder")
-    files = [data_dir / "Images" / name for name in names]
+    files = [images / name for name in names]
     missing = [str(file) for file in files if not os.path.isfile(file)]
     if missing:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UserError(f"{len(missing)} of the {len(files)} images in {path} are missing: {first}")
     class_names = display_names([folders[label] for label in range(len(folders))])
-    return ImageList(files, labels, class_names, f"as in {data_dir}/lists")
+    return ImageList(files, labels, class_names, split_rule)
 
 
 def read_dog_boxes(data_dir: str | Path, images: ImageList) -> Tensor | None:
@@ -154,39 +212,54 @@ def read_dog_boxes(data_dir: str | Path, images: ImageList) -> Tensor | None:
         ) from error
 
 
-def split_list(images: ImageList, fraction: float, seed: int = SPLIT_SEED) -> tuple[ImageList, ImageList]:
-    """Hold out a fraction of each class, drawn from the seed. Returns (the rest, the images held out).
+def hash_of(text: str, content: bytes = b"") -> int:
+    """A hash of a text and bytes, a signed integer of 64 bits, the same for both forms of Unicode.
 
-    Both parts have at least one image of each class. Raises UserError for a class with fewer than two images.
+    macOS stores the accents of file names apart from their letters.
     """
-    rng = random.Random(f"split {seed}")
+    encoded = unicodedata.normalize("NFC", text).encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.sha256(encoded + content).digest()[:8], "big", signed=True)
+
+
+def split_list(images: ImageList, fraction: float, purpose: str, n_parts: int) -> tuple[ImageList, ImageList]:
+    """Hold out a fraction of each class for a purpose. Returns (the rest, the images held out).
+
+    Each image is held out or not by a hash of its own name, so that adding, removing or renaming one moves no other;
+    the sizes are therefore about the fraction. Both parts have at least one image of each class. Raises UserError for a
+    class with fewer images than n_parts.
+    """
+
+    draws = [hash_of(f"{purpose} {'/'.join(file.parts[-2:])}") / 2**64 + 0.5 for file in images.files]
     held_out = set()
     for label, name in enumerate(images.class_names):
-        members = [i for i, other in enumerate(images.labels) if other == label]
-        if len(members) < 2:
-            raise UserError(
-                f"class {name} has {len(members)} image: some of each class are held out, so it needs at least two"
-            )
-        n_held_out = min(max(1, round(fraction * len(members))), len(members) - 1)
-        held_out.update(rng.sample(members, n_held_out))
-
-    def subset(indices: list[int]) -> ImageList:
-        files, labels = zip(*((images.files[i], images.labels[i]) for i in indices))
-        return images._replace(files=list(files), labels=list(labels))
-
+        members = sorted((i for i, other in enumerate(images.labels) if other == label), key=lambda i: draws[i])
+        if len(members) < n_parts:
+            have, need = (utils.count(len(members), "image"), f"to hold out some for {purpose} it needs {n_parts}")
+            raise UserError(f"the class {name} has {have}: {need}")
+        n_held_out = sum(draws[i] < fraction for i in members)
+        held_out.update(members[: min(max(1, n_held_out), len(members) - n_parts + 1)])
     everything = range(len(images.files))
-    return subset([i for i in everything if i not in held_out]), subset([i for i in everything if i in held_out])
+    kept = [i for i in everything if i not in held_out]
+    return images.subset(kept), images.subset(sorted(held_out))
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """The files among the paths and the images in the folders. Raises UserError for a folder without any."""
-    files = []
+    """The files among the paths and the images in the folders, at any depth.
+
+    Raises UserError for a path that does not exist and for a folder without images.
+    """
+    paths, files = list(paths), []
+    if missing := [str(path) for path in paths if not os.path.exists(path)]:
+        raise UserError(f"--images: {', '.join(missing[:N_NAMED])} not found")
     for path in paths:
-        found = sorted(file for file in path.iterdir() if is_image(file)) if os.path.isdir(path) else [path]
+        found = images_below(path) if os.path.isdir(path) else [path]
         if not found:
             raise UserError(f"--images {path}: there is no image in that folder")
         files.extend(found)
     return files
+
+
+# --- decoding
 
 
 def enable_heic(path: str | Path) -> None:
@@ -212,6 +285,8 @@ def read_image(path: str | Path, size: int) -> Image.Image:
             image.draft(None, (size, size))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
             if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it at 255
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
             if image.has_transparency_data:
@@ -223,7 +298,7 @@ def read_image(path: str | Path, size: int) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise many types on a broken file
         unknown = isinstance(error, UnidentifiedImageError)  # whose message is mostly the path
         reason = "not an image" if unknown else " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"image {path} cannot be read ({reason}): replace it or leave it out") from error
+        raise UserError(f"image {path} cannot be read ({reason})") from error
 
 
 def load_canvas(path: str | Path, size: int, rng: random.Random | None = None) -> Tensor:
@@ -261,7 +336,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int, int]:
         index, rng = (key, None) if isinstance(key, int) else (key[0], random.Random(key[1]))
-        return load_canvas(self.images.files[index], self.canvas_size, rng), self.images.labels[index], index
+        return (load_canvas(self.images.files[index], self.canvas_size, rng), self.images.labels[index], index)
 
 
 class TrainSampler(Sampler):
@@ -327,17 +402,127 @@ def make_training_loader(
     return make_loader(images, sampler, drop_last=drop_last, **loading)
 
 
-def read_training_lists(data_dir: Path, valid_size: float) -> tuple[ImageList, ImageList, dict[str, Any]]:
-    """The training images, the fraction valid_size of them held out for validation, and a description of both."""
-    train, valid = split_list(read_list(data_dir, "train"), valid_size)
-    return train, valid, describe_data(train, valid)
+# --- the check before training
 
 
-def describe_data(train: ImageList, valid: ImageList) -> dict[str, Any]:
-    """What a checkpoint stores of the lists that it was trained and validated on."""
-    digests = {}
-    for name, images in (("training_list", train), ("validation_list", valid)):
-        lines = [f"{label} {'/'.join(file.parts[-2:])}" for file, label in zip(images.files, images.labels)]
-        digests[name] = hashlib.sha256("\n".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()
+class ImageCheck(Dataset):
+    """Items (int64 [2], 0, index): an image's fingerprint, and whether it is bad, that is, cannot be read.
+
+    The fingerprint is a hash of the file's name, size and first bytes, which tells images apart that only share a name.
+    """
+
+    def __init__(self, images: ImageList) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        file = self.images.files[index]
+        try:
+            with open(file, "rb") as content:
+                beginning = content.read(BYTES_HASHED)
+            fingerprint = hash_of(f"{file.name} {os.path.getsize(file)} ", beginning)
+            read_image(file, 1)  # a JPEG at an eighth of its size
+        except (OSError, UserError):
+            return torch.tensor([0, 1]), 0, index
+        return torch.tensor([fingerprint, 0]), 0, index
+
+
+def check_images(
+    *lists: ImageList, machine: Machine, num_workers: int, skip_bad: bool, memory: Path
+) -> list[tuple[ImageList, Tensor]]:
+    """Read every image of the lists once. Returns each list without the bad ones, and the fingerprints int64 [N] of it.
+
+    memory: a file that remembers the result, so that the same files are not read again. Raises UserError, naming the
+    bad images, unless they are to be skipped.
+    """
+    together = ImageList([file for images in lists for file in images.files], [], [])
+    if len(together.files) < machine.world_size:
+        raise UserError(f"there are more processes than images ({len(together.files)})")
+    values = read_all(together, machine, num_workers, memory)
+    bad = values[:, 1].nonzero().flatten().tolist()
+    if bad:
+        counted = f"{len(bad)} of {len(together.files)} images cannot be used"
+        named = "; ".join(why_bad(together.files[i]) for i in bad[:N_NAMED]) + ("; ..." if len(bad) > N_NAMED else "")
+        if not skip_bad:
+            raise UserError(f"{counted}: {named}: replace them, or leave them out with --skip_bad_images")
+        machine.print(f"{counted} and are left out: {named}")
+    if machine.rank == 0:
+        utils.prepare_folder(memory.parent)
+        utils.save_checkpoint(memory, {**remembered(memory), digest_of(together.files): values})
+    parts = values.split([len(images.files) for images in lists])
+    kept = [(part[:, 1] == 0).nonzero().flatten() for part in parts]
+    return [(images.subset(good.tolist()), part[good, 0]) for images, part, good in zip(lists, parts, kept)]
+
+
+def read_all(images: ImageList, machine: Machine, num_workers: int, memory: Path) -> Tensor:
+    """Fingerprint of each image, and whether it is bad, int64 [N, 2]; bad ones are read even if they are remembered."""
+    found = machine.of_first(remembered(memory).get(digest_of(images.files)))
+    if not isinstance(found, Tensor) or found.shape != (len(images.files), 2):
+        shard = range(machine.rank, len(images.files), machine.world_size)
+        loader = DataLoader(ImageCheck(images), batch_size=16, sampler=shard, num_workers=num_workers)
+        [found] = utils.collect(lambda items, _: (items,), loader, machine, "checking images")
+        return found
+    for i in found[:, 1].nonzero().flatten().tolist():
+        found[i] = ImageCheck(images)[i][0]
+    return found
+
+
+def remembered(memory: Path) -> dict[str, Any]:
+    """What earlier checks found, by the digest of the files."""
+    with contextlib.suppress(Exception):  # torch raises many types on a missing or broken file: check again
+        return dict(torch.load(memory, weights_only=True))
+    return {}
+
+
+def digest_of(files: list[Path]) -> str:
+    """A hash of the paths, sizes and times of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file} ".encode("utf-8", "surrogateescape"))
+        with contextlib.suppress(OSError):  # such as a broken link
+            digest.update(f"{os.stat(file).st_size} {os.stat(file).st_mtime_ns} ".encode())
+    return digest.hexdigest()
+
+
+def why_bad(file: Path) -> str:
+    """What is wrong with an image, in words."""
+    try:
+        read_image(file, 1)
+    except UserError as error:
+        return str(error)
+    return f"image {file} could not be read"
+
+
+def read_training_data(
+    data_dir: Path, valid_size: float, **checking: Any
+) -> tuple[ImageList, ImageList, dict[str, Any]]:
+    """The training and the validation images, all of them readable, and what checkpoints store about them.
+
+    checking: keywords for `check_images`. Raises UserError, also if an image is in both parts.
+    """
+    lists = read_training_lists(data_dir, valid_size)
+    (train, train_prints), (valid, valid_prints) = check_images(*lists, **checking)
+    if lost := sorted(set(range(len(train.class_names))) - set(train.labels)):
+        raise UserError(f"no training image of the class {train.class_names[lost[0]]} can be read")
     sizes = {"training_images": len(train.files), "validation_images": len(valid.files)}
-    return {"class_names": train.class_names, **sizes, **digests}
+    sizes["left_out"] = sum(len(images.files) for images in lists) - sum(sizes.values())
+    data = {"class_names": train.class_names, **sizes}
+    data["fingerprints"] = {"training": train_prints, "validation": valid_prints}
+    data["labels"] = {"training": torch.tensor(train.labels), "validation": torch.tensor(valid.labels)}
+    refuse_trained_on(valid, valid_prints, data, data_dir, "validation")
+    return train, valid, data
+
+
+def refuse_trained_on(images: ImageList, fingerprints: Tensor, data: dict[str, Any], path: Path, use: str) -> None:
+    """Raise UserError if images to be used for a "validation" or "test" were used in training a checkpoint.
+
+    data: of that checkpoint. Testing on its validation images is refused too, since they chose the epoch.
+    """
+    parts = ("training", "validation") if use == "test" else ("training",)
+    seen = {number for part in parts for number in utils.numbers_of(data, "fingerprints", part).tolist()}
+    found = [file for file, number in zip(images.files, fingerprints.tolist()) if number in seen]
+    if found:
+        words = f"{len(found)} of the {len(images.files)} {use} images were used in training {path}, first {found[0]}"
+        raise UserError(f"{words}: see --data_dir and --valid_size")

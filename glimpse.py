@@ -5,6 +5,9 @@ Locations are (x, y) in [-1, 1]: x to the right, y down, (0, 0) the centre of th
 Scales are in quarters of the image side: a patch of scale q covers q/4 of the side and is always P x P pixels.
 """
 
+import contextlib
+import functools
+
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -16,6 +19,10 @@ FULL_SCALE = 4  # in quarters: a patch of this scale covers the whole image
 STARTS = (1, 2, 4)  # scales of the three resolution levels: high, medium and low resolution
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SYSTEM_FONTS = (  # of Linux, macOS and Windows, for class names in any language
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "unifont.otf"),
+    *("Arial Unicode.ttf", "PingFang.ttc", "arial.ttf", "msyh.ttc", "malgun.ttf"),
+)
 GLIMPSE_COLORS = ("red", "blue", "green", "#c85a00", "purple", "darkcyan")  # dark enough for text on white
 
 
@@ -94,6 +101,27 @@ def normalize(patches: Tensor) -> Tensor:
     return torch.stack([(x - m) / s for x, m, s in zip(patches.unbind(-3), IMAGENET_MEAN, IMAGENET_STD)], dim=-3)
 
 
+@functools.lru_cache
+def load_fonts(size: int) -> list[ImageFont.FreeTypeFont]:
+    """Pillow's own font, which has little more than ASCII, and those of `SYSTEM_FONTS` that this system has."""
+    fonts = [ImageFont.load_default(size)]
+    for name in SYSTEM_FONTS:
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, size))
+    return fonts
+
+
+def choose_font(size: int, *texts: str) -> tuple[ImageFont.FreeTypeFont, list[str]]:
+    """A font that has all characters of the texts, and the texts; those in no font are escaped, as in \\u67f4."""
+    characters = set("".join(texts)) - set(" \n")
+    fonts = load_fonts(size)
+    for font in fonts:
+        missing = bytes(font.getmask("\U0010fffe"))  # not a character, so that it gives the glyph of missing ones
+        if all(bytes(font.getmask(character)) != missing for character in characters):
+            return font, list(texts)
+    return fonts[0], [text.encode("ascii", "backslashreplace").decode() for text in texts]
+
+
 def to_image(pixels: Tensor, side: int) -> Image.Image:
     """Convert uint8 [3, S, S] to a PIL image of the given side; at integer factors each pixel becomes a square."""
     image = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
@@ -150,7 +178,8 @@ def draw_panel(
     predictions = [f"after glimpse {t + 1}: {prediction}" for t, prediction in enumerate(predictions)]
 
     tile = patch_size * max(1, round(192 / patch_size))  # an integer factor, so that each pixel becomes a square
-    gap, line, font = 8, 22, ImageFont.load_default(14)
+    gap, line = 8, 22
+    font, (caption, *predictions) = choose_font(14, caption, *predictions)
     row = line + tile + line + gap
     side = max(canvas.shape[-1], 2 * tile, n_glimpses * row - gap)
     left, upper = gap + side + gap, line * (caption.count("\n") + 1) + gap  # of the tiles
@@ -184,8 +213,8 @@ def shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
 
 def draw_contact_sheet(canvases: list[Tensor], boxes: list[Tensor], captions: list[str]) -> Image.Image:
     """Draw images, uint8 [3, S, S] each, with their boxes, [T, k, 4] each, above captions of one or two lines."""
-    side, font = 240, ImageFont.load_default(12)
-    tiles = []
+    side, tiles = 240, []
+    font, captions = choose_font(12, *captions)
     for canvas, box, caption in zip(canvases, boxes, captions):
         tile = Image.new("RGB", (side, side + 36), "white")
         tile.paste(draw_boxes(to_image(canvas, side), box))

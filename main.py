@@ -19,6 +19,7 @@ if __name__ == "__main__":  # Ctrl-C ends the script quietly while PyTorch is im
 import dataclasses
 import hashlib
 import math
+import os
 import random
 import re
 import time
@@ -39,7 +40,7 @@ import pretrain
 import utils
 from dataset import ImageList
 from glimpse import STARTS, draw_contact_sheet, draw_panel, inside, patch_boxes, patch_scales
-from model import POLICIES, SUPERVISIONS, RecurrentAttention, attention_loss, build_backbone, rewards
+from model import POLICIES, SUPERVISIONS, RecurrentAttention, Rollout, attention_loss, build_backbone, rewards
 from utils import Machine, UserError, file_setting, network_setting, setting, training_setting
 
 FILES = ("saved_model.tar", "last.tar", "log.csv")
@@ -55,7 +56,7 @@ class Settings(utils.SharedSettings):
     """Settings of this script, each of them a flag."""
 
     task: str = setting(
-        "train", "what to do", utils.TASK, stored=False, one_of=("train", "test", "view_glimpses", "predict")
+        "train", "task to run", utils.TASK, stored=False, one_of=("train", "test", "view_glimpses", "predict")
     )
     images: tuple[Path, ...] = setting((), "images, or folders of them", utils.TASK, tasks="predict", stored=False)
     n_trajectories: int = setting(
@@ -63,14 +64,14 @@ class Settings(utils.SharedSettings):
     )
     n_samples: int = setting(20, "images to draw", utils.TASK, tasks="view_glimpses", stored=False, at_least=1)
     backbone: str = file_setting(
-        "", "file of pretrain.py (default: pt_glimpse_model.tar in --save_dir)", tasks="train", fixed="always"
+        "", "checkpoint of pretrain.py (default: pt_glimpse_model.tar in --save_dir)", tasks="train", fixed="always"
     )
     imgs_dir: Path = file_setting(Path("imgs"), "folder for drawings", tasks="view_glimpses predict", stored=False)
     seed: int = utils.seed_setting()
-    lr_schedule: str = training_setting("cosine", "of the learning rates, over all epochs", one_of=LR_SCHEDULES)
+    lr_schedule: str = training_setting("cosine", "schedule of the learning rates", one_of=LR_SCHEDULES)
     attention_lr: float = training_setting(1e-4, "learning rate of the attention after the first glimpse", above=0)
     supervision: str = training_setting(
-        "each", "train and reward each prediction, or only the last", fixed="always", one_of=SUPERVISIONS
+        "each", "train and reward every prediction or only the last", fixed="always", one_of=SUPERVISIONS
     )
     k: int = network_setting(2, "patches per glimpse", at_least=1)
     start_size: int = network_setting(2, "quarters of the image side that the finest patch covers", one_of=STARTS)
@@ -145,6 +146,12 @@ def evaluation_noise(policy: str, n_images: int, n_samples: int, n_glimpses: int
     return torch.cat([deterministic, samples], dim=1) if policy == "learned" else deterministic
 
 
+def single_noise(n_images: int, settings: Settings) -> Tensor:
+    """Noise [N, 1, T, 2] of one trajectory per image: deterministic, or sampled if the policy is random."""
+    is_random = settings.policy == "random"
+    return evaluation_noise(settings.policy, n_images, int(is_random), settings.n_glimpses, settings.seed)
+
+
 def evaluate(
     net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, machine: Machine, title: str
 ) -> list[Tensor]:
@@ -162,7 +169,10 @@ def evaluate(
 
 
 def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy, its mean over classes, top-5 accuracy and NLL, each a mean over trajectories. [N, M, C] and [N]."""
+    """Accuracy, its mean over classes, top-5 accuracy and NLL, each a mean over the M trajectories.
+
+    probabilities: [N, M, C]; labels: [N].
+    """
     correct = (probabilities.argmax(-1) == labels.unsqueeze(1)).double()  # [N, M]
     best = probabilities.topk(min(5, probabilities.shape[-1])).indices  # [N, M, 5]
     of_truth = probabilities[torch.arange(len(labels)), :, labels].double()  # [N, M]
@@ -184,33 +194,43 @@ def validate(net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, mac
     return {**after[-1], **each, "distance_from_center": distance_from_center(location).mean().item()}
 
 
-def read_backbone(settings: Settings, data: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_backbone(
+    settings: Settings, valid_list: ImageList, data: dict[str, Any], machine: Machine
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights of the pre-trained backbone, and what the classifier's checkpoint stores about it.
 
-    Raises UserError if it was trained on what is validated on here; a backbone of other classes is fine.
+    Raises UserError if it was trained on images that are validated on here. Other images are fine, which is said.
     """
-    path = Path(settings.backbone) if settings.backbone else settings.save_dir / "pt_glimpse_model.tar"
+    path = Path(settings.backbone) if settings.backbone else settings.save_dir / pretrain.FILES[0]
     content = utils.load_checkpoint(path, "make it with `python pretrain.py`, or see --backbone", model_dict=dict)
+    if "backbone" in content:
+        raise UserError(f"--backbone {path} is a classifier of main.py: give pt_glimpse_model.tar of pretrain.py")
     content = {"settings": BACKBONE_OF_2018, "data": {}, **content}
     made, its_data = content["settings"], content["data"]
     if not isinstance(made, dict) or not isinstance(its_data, dict):
-        raise utils.wrong_kind(path, "its settings or its data are not named")
-    if its_data.get("class_names") == data["class_names"]:
-        utils.refuse_other_data(its_data, data, path)
-    about = {"arch": made.get("arch"), "patch_size": made.get("patch_size"), "file": str(path)}
+        raise utils.wrong_kind(path, "it has no valid settings or data")
+    dataset.refuse_trained_on(valid_list, data["fingerprints"]["validation"], its_data, path, "validation")
+    trained_on = utils.numbers_of(its_data, "fingerprints", "training")
+    if set(trained_on.tolist()) != set(data["fingerprints"]["training"].tolist()):
+        machine.print(f"note: the backbone in {path} was trained on other images than those to train on now")
+    about = {
+        "arch": made.get("arch"),
+        "patch_size": made.get("patch_size"),
+        "file": str(path),
+        "trained_on": trained_on,
+    }
     return content["model_dict"], {**about, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def build_model(
     settings: Settings, backbone: dict[str, Any], n_classes: int, path: Path, weights: dict[str, Tensor] | None = None
 ) -> RecurrentAttention:
-    """The network of these settings, with fresh weights but for those given for its backbone.
+    """The network of these settings, randomly initialized except for the backbone weights, if given.
 
     path: the file that describes the backbone. Raises UserError if that is not valid or does not fit the weights.
     """
     for name in ("arch", "patch_size"):
-        value = backbone.get(name) if isinstance(backbone, dict) else None
-        if wrong := utils.problem(value, pretrain.Settings.__dataclass_fields__[name]):
+        if wrong := utils.problem(backbone.get(name), pretrain.Settings.__dataclass_fields__[name]):
             raise utils.wrong_kind(path, f"the {name} of its backbone: {wrong}")
     net = build_backbone(backbone["arch"])
     if weights is not None:
@@ -221,22 +241,24 @@ def build_model(
 
 
 def warn_of_new_schedule(settings: Settings, last: dict[str, Any], machine: Machine) -> None:
-    """Say how the learning rate jumps if a cosine schedule is resumed over another number of epochs."""
+    """Say how the learning rate changes if a run is resumed with another number of epochs or another schedule."""
     before, epoch = {**vars(settings), **last["settings"]}, last["epoch"]
-    if settings.lr_schedule == "cosine" and epoch + 1 < settings.epochs != before["epochs"]:
+    changed = (settings.lr_schedule, settings.epochs) != (before["lr_schedule"], before["epochs"])
+    if changed and "cosine" in (settings.lr_schedule, before["lr_schedule"]) and epoch + 1 < settings.epochs:
         was = learning_rate(before["lr"], before["lr_schedule"], epoch, before["epochs"])
-        now = learning_rate(settings.lr, "cosine", epoch + 1, settings.epochs)
-        machine.print(
-            f"note: the cosine schedule now spans {settings.epochs} epochs, not {before['epochs']}: "
-            f"the learning rate goes from {was:.2g} to {now:.2g}"
-        )
+        now = learning_rate(settings.lr, settings.lr_schedule, epoch + 1, settings.epochs)
+        schedule = f"{settings.lr_schedule} schedule over {settings.epochs} epochs, not {before['epochs']}"
+        machine.print(f"note: {schedule}: the learning rate goes from {was:.2g} to {now:.2g}")
 
 
 def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> None:
     """Train on a frozen backbone and keep the classifier at its best, the epoch with the lowest NLL on validation."""
-    train_list, valid_list, data = dataset.read_training_lists(settings.data_dir, settings.valid_size)
-    weights, backbone = (None, last["backbone"]) if last else read_backbone(settings, data)
-    run = utils.Run(settings, machine, FILES, last, data=data, backbone=backbone)
+    run = utils.Run(settings, machine, FILES, last)
+    train_list, valid_list, data = dataset.read_training_data(
+        settings.data_dir, settings.valid_size, **machine.checking(settings)
+    )
+    weights, backbone = (None, last["backbone"]) if last else read_backbone(settings, valid_list, data, machine)
+    run.describe_origin(data=data, backbone=backbone)
     torch.manual_seed(settings.seed)
     path = run.last_path if last else Path(backbone["file"])
     model = build_model(settings, backbone, len(train_list.class_names), path, weights)
@@ -248,28 +270,26 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     train_loader = dataset.make_training_loader(train_list, seed=settings.seed, **loading)
     valid_loader = dataset.make_evaluation_loader(valid_list, **loading)
     policy, n_glimpses, seed = settings.policy, settings.n_glimpses, settings.seed
-    valid_noise = evaluation_noise(policy, len(valid_list.files), int(policy == "random"), n_glimpses, seed)
+    valid_noise = single_noise(len(valid_list.files), settings)
     with run.training(model, train_list.split_rule, {"model_dict": model}) as epochs:
         if last:
             warn_of_new_schedule(settings, last, machine)
         for epoch in epochs:
             start, title = time.perf_counter(), f"epoch {epoch + 1}/{settings.epochs}"
             train_loader.sampler.epoch = epoch
-            rates = {"lr": settings.lr, "attention_lr": settings.attention_lr}
-            rates = {
-                name: learning_rate(lr, settings.lr_schedule, epoch, settings.epochs) for name, lr in rates.items()
-            }
-            for group, lr in zip(optimizer.param_groups, rates.values()):
-                group["lr"] = lr
+            for group, lr in zip(optimizer.param_groups, (settings.lr, settings.attention_lr)):
+                group["lr"] = learning_rate(lr, settings.lr_schedule, epoch, settings.epochs)
+            lr, attention_lr = (group["lr"] for group in optimizer.param_groups)
             noise = training_noise(len(train_list.files), n_glimpses, seed, epoch, machine)
             means = train_one_epoch(net, train_loader, noise, settings, optimizer, machine, title)
             valid = validate(net, valid_loader, valid_noise, policy, machine)
             seconds = time.perf_counter() - start
             if run.board:
-                chosen = fixed_choice(len(valid_list.files), N_WATCHED, seed)
-                for i, drawing in enumerate(draw_list(valid_list, chosen, model.eval(), settings, machine)):
+                watched = valid_list.subset(fixed_choice(len(valid_list.files), N_WATCHED, seed))
+                noise = single_noise(len(watched.files), settings)
+                for i, drawing in enumerate(draw_images(watched, model.eval(), noise, settings, machine)):
                     run.board.add_image(f"validation/{i}", pil_to_tensor(drawing.panel), epoch + 1)
-            figures = {"train": means, "valid": valid, **rates, "seconds": seconds}
+            figures = {"train": means, "valid": valid, "lr": lr, "attention_lr": attention_lr, "seconds": seconds}
             is_best = run.save(epoch, valid["nll"], model, optimizer, **figures)
             machine.print(
                 f"{title}: loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; valid "
@@ -290,17 +310,18 @@ def load_classifier(settings: Settings, checkpoint: dict[str, Any], machine: Mac
 
 
 def estimates(values: Tensor, policy: str) -> dict[str, Tensor]:
-    """Sort values of the trajectories of `evaluation_noise`, [N, M, ...], by estimate, the best one last.
+    """Group values [N, M, ...] of the trajectories of `evaluation_noise` by how they are turned into a prediction.
 
-    "deterministic": [N, 1, ...]; "sampled trajectory", each on its own: [N, n, ...]; "average of n": [N, 1, ...].
+    "deterministic": [N, 1, ...]; "sampled trajectory", each on its own: [N, n, ...]; "average of n": [N, 1, ...]. The
+    last is the best.
     """
-    sorted_values = {}
+    grouped = {}
     if policy != "random":
-        sorted_values["deterministic"], values = values[:, :1], values[:, 1:]
+        grouped["deterministic"], values = values[:, :1], values[:, 1:]
     if values.shape[1]:
-        sorted_values["sampled trajectory"] = values
-        sorted_values[f"average of {values.shape[1]}"] = values.mean(1, keepdim=True)
-    return sorted_values
+        grouped["sampled trajectory"] = values
+        grouped[f"average of {values.shape[1]}"] = values.mean(1, keepdim=True)
+    return grouped
 
 
 def write_predictions(
@@ -322,7 +343,10 @@ def write_predictions(
 
 
 def write_accuracy_per_class(path: Path, class_names: list[str], kinds: dict[str, Tensor], labels: Tensor) -> None:
-    """Write the number of images and the accuracy of each estimate for each class among labels [N]."""
+    """Write, for each class among labels [N], its number of images and the accuracy of each estimate.
+
+    kinds: of `estimates` of probabilities [N, M, C].
+    """
     correct = {name: (p.argmax(-1) == labels.unsqueeze(1)).double().mean(1) for name, p in kinds.items()}  # [N]
     rows = []
     for label in labels.unique().tolist():
@@ -333,7 +357,7 @@ def write_accuracy_per_class(path: Path, class_names: list[str], kinds: dict[str
 
 
 def most_confused(predictions: Tensor, labels: Tensor, class_names: list[str]) -> list[str]:
-    """The N_CONFUSED most frequent confusions of two classes, in words. [N] and [N]."""
+    """The N_CONFUSED most frequent confusions of two classes, in words. predictions: [N]; labels: [N]."""
     n_classes = len(class_names)
     pairs = torch.bincount(labels * n_classes + predictions, minlength=n_classes**2).view(n_classes, n_classes)
     sizes = pairs.sum(1)
@@ -368,8 +392,14 @@ def report(policy: str, probabilities: Tensor, location: Tensor, labels: Tensor,
 
 def test(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> None:
     """Score the best classifier on the test list, and write its predictions."""
-    images, policy = dataset.read_list(settings.data_dir, "test"), settings.policy
-    utils.refuse_other_classes(checkpoint, images.class_names, settings.data_dir, settings.save_dir / FILES[0])
+    images, path, policy = dataset.read_list(settings.data_dir, "test"), settings.save_dir / FILES[0], settings.policy
+    utils.refuse_other_classes(checkpoint, images.class_names, settings.data_dir, path)
+    [(images, fingerprints)] = dataset.check_images(images, **machine.checking(settings))
+    for data in (
+        checkpoint["data"],
+        {"fingerprints": {"training": checkpoint["backbone"].get("trained_on", torch.empty(0))}},
+    ):
+        dataset.refuse_trained_on(images, fingerprints, data, path, "test")
     boxes, labels = dataset.read_dog_boxes(settings.data_dir, images), torch.tensor(images.labels)
     model = load_classifier(settings, checkpoint, machine)
     loading = machine.loading(settings.batch_size, settings.num_workers)
@@ -400,45 +430,59 @@ class Drawing(NamedTuple):
     """An image, where the first trajectory looked in it, and what all of them predicted."""
 
     canvas: Tensor  # uint8 [3, S, S]
+    location: Tensor  # [T, 2]
     boxes: Tensor  # [T, k, 4]
-    probabilities: Tensor  # [1, M, C], after the last glimpse
+    probabilities: Tensor  # [M, C], after the last glimpse
     caption: str
     panel: Image.Image
 
 
 @torch.no_grad()
-def draw_image(
-    file: Path,
-    truth: int | None,
-    class_names: list[str],
-    model: RecurrentAttention,
-    noise: Tensor,
-    policy: str,
-    machine: Machine,
-) -> Drawing:
-    """Classify one image along the trajectories of noise [1, M, T, 2], and draw the first.
+def draw_images(
+    images: ImageList, model: RecurrentAttention, noise: Tensor, settings: Settings, machine: Machine
+) -> Iterator[Drawing | UserError]:
+    """Classify images along the trajectories of noise [N, M, T, 2], and draw the first one of each, in order.
 
-    truth: the label, if known. The first trajectory is the deterministic one unless the policy is random.
+    The first trajectory is the deterministic one unless the policy is random. The labels of the images may be unknown,
+    that is, missing. An image that cannot be read gives its error.
     """
-    glimpse = model.glimpse
-    canvas = dataset.load_canvas(file, glimpse.canvas_size)
-    net = utils.MixedPrecision(model, machine)
-    rollout = net(canvas.unsqueeze(0).to(machine.device), noise.to(machine.device), policy)
-    logits, location, attention = (value.cpu() for value in rollout[:3])
-    probabilities = logits.softmax(-1)  # [1, M, T, C]
-    drawn = probabilities[0, 0]  # [T, C]
+    net, size = utils.MixedPrecision(model, machine), model.glimpse.canvas_size
+    for start in range(0, len(images.files), settings.batch_size):
+        batch: dict[int, Tensor | UserError] = {}
+        for i in range(start, min(start + settings.batch_size, len(images.files))):
+            try:
+                batch[i] = dataset.load_canvas(images.files[i], size)
+            except UserError as error:
+                batch[i] = error
+        readable = [i for i, canvas in batch.items() if isinstance(canvas, Tensor)]
+        drawings = {}
+        if readable:
+            canvases = torch.stack([batch[i] for i in readable])
+            rollout = net(canvases.to(machine.device), noise[readable].to(machine.device), settings.policy)
+            rollout = Rollout(*(value.cpu() for value in rollout))
+            drawings = {
+                i: draw_one(images, i, canvases[j], rollout, j, model, settings.policy) for j, i in enumerate(readable)
+            }
+        yield from (drawings.get(i, canvas) for i, canvas in batch.items())
 
-    def name(label: int, t: int = -1) -> str:
-        return f"{class_names[label]} ({drawn[t, label]:.2f})"
 
-    predictions = [name(int(label), t) for t, label in enumerate(drawn.argmax(-1))]
-    caption = f"predicted {predictions[-1]}" + ("" if truth is None else f", true {name(truth)}")
-    trajectory = f"{policy} policy, {'sampled' if policy == 'random' else 'deterministic'} trajectory"
-    used = attention[0, 0] if policy == "learned" else None
-    title = f"{file.name}: {trajectory}\n{caption}"
-    panel = draw_panel(canvas, location[0, 0], used, glimpse.scales, glimpse.patch_size, title, predictions)
-    boxes = patch_boxes(location[0, 0], glimpse.scales, glimpse.patch_size)
-    return Drawing(canvas, boxes, probabilities[:, :, -1], caption, panel)
+def draw_one(
+    images: ImageList, i: int, canvas: Tensor, rollout: Rollout, row: int, model: RecurrentAttention, policy: str
+) -> Drawing:
+    """Draw the first trajectory over image i, whose canvas is uint8 [3, S, S] and whose rollout is in this row."""
+    glimpse, location, names = model.glimpse, rollout.location[row, 0], images.class_names
+    probabilities = rollout.logits[row].softmax(-1)  # [M, T, C]
+    drawn = probabilities[0]  # [T, C]
+    predictions = [f"{names[p.argmax()]} ({p.max():.2f})" for p in drawn]
+    caption = f"predicted {predictions[-1]}"
+    if images.labels:
+        caption += f", true {names[images.labels[i]]} ({drawn[-1, images.labels[i]]:.2f})"
+    title = f"{policy} policy, {'sampled' if policy == 'random' else 'deterministic'} trajectory\n{caption}"
+    title = f"{images.files[i].name}: {title}"
+    attention = rollout.attention[row, 0] if policy == "learned" else None
+    panel = draw_panel(canvas, location, attention, glimpse.scales, glimpse.patch_size, title, predictions)
+    boxes = patch_boxes(location, glimpse.scales, glimpse.patch_size)
+    return Drawing(canvas, location, boxes, probabilities[:, -1], caption, panel)
 
 
 def fixed_choice(n_images: int, n_chosen: int, seed: int) -> list[int]:
@@ -446,17 +490,6 @@ def fixed_choice(n_images: int, n_chosen: int, seed: int) -> list[int]:
     order = list(range(n_images))
     random.Random(f"view {seed}").shuffle(order)
     return order[:n_chosen]
-
-
-def draw_list(
-    images: ImageList, chosen: list[int], model: RecurrentAttention, settings: Settings, machine: Machine
-) -> Iterator[Drawing]:
-    """Draw the chosen images of a list, one after the other."""
-    policy = settings.policy
-    noise = evaluation_noise(policy, len(chosen), int(policy == "random"), model.n_glimpses, settings.seed)
-    for i, index in enumerate(chosen):
-        one = noise[i : i + 1, :1]
-        yield draw_image(images.files[index], images.labels[index], images.class_names, model, one, policy, machine)
 
 
 def save_image(path: Path, image: Image.Image) -> None:
@@ -470,12 +503,14 @@ def view_glimpses(settings: Settings, machine: Machine, checkpoint: dict[str, An
     """Draw where the best classifier looks in test images that depend on the seed alone."""
     images = dataset.read_list(settings.data_dir, "test")
     utils.refuse_other_classes(checkpoint, images.class_names, settings.data_dir, settings.save_dir / FILES[0])
-    chosen = fixed_choice(len(images.files), settings.n_samples, settings.seed)
-    drawings = draw_list(images, chosen, load_classifier(settings, checkpoint, machine), settings, machine)
-    paths, on_sheet = [settings.imgs_dir / f"glimpse_{i}.jpg" for i in range(len(chosen))], []
-    for path, drawing in zip(
-        paths, tqdm(drawings, "view_glimpses", len(chosen), unit=" images", leave=False, disable=None)
-    ):
+    images = images.subset(fixed_choice(len(images.files), settings.n_samples, settings.seed))
+    model, n_images = load_classifier(settings, checkpoint, machine), len(images.files)
+    drawings = draw_images(images, model, single_noise(n_images, settings), settings, machine)
+    paths, on_sheet = [settings.imgs_dir / f"glimpse_{i}.jpg" for i in range(n_images)], []
+    bar = tqdm(drawings, "view_glimpses", n_images, unit=" images", leave=False, disable=None)
+    for path, drawing in zip(paths, bar):
+        if isinstance(drawing, UserError):
+            raise drawing
         save_image(path, drawing.panel)
         if len(on_sheet) < N_ON_SHEET:
             on_sheet.append((drawing.canvas, drawing.boxes, drawing.caption.replace(", true", "\ntrue")))
@@ -484,26 +519,44 @@ def view_glimpses(settings: Settings, machine: Machine, checkpoint: dict[str, An
             path.unlink()
     sheet_path = settings.imgs_dir / "contact_sheet.jpg"
     save_image(sheet_path, draw_contact_sheet(*zip(*on_sheet)))
-    machine.print(f"where the model looks in {utils.count(len(chosen), 'image')}: {paths[0]}, ...")
+    machine.print(f"where the model looks in {utils.count(n_images, 'image')}: {paths[0]}, ...")
     machine.print(f"{utils.count(len(on_sheet), 'image')} at a glance: {sheet_path}")
     machine.print(utils.next_command(settings, "main.py", "--task=predict", "--images", "photo.jpg", keep=["save_dir"]))
 
 
 def predict(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> None:
-    """Print the five most probable breeds of each image, and draw where the model looked."""
-    class_names, policy = checkpoint["data"]["class_names"], settings.policy
-    model = load_classifier(settings, checkpoint, machine)
-    noise = evaluation_noise(policy, 1, settings.n_trajectories, model.n_glimpses, settings.seed)
-    for i, file in enumerate(dataset.find_images(settings.images)):
-        drawing = draw_image(file, None, class_names, model, noise, policy, machine)
-        path = settings.imgs_dir / f"predict_{i}_{file.stem}.jpg"
+    """Print the five most probable breeds of each image, draw where the model looked, and write a table of both.
+
+    An image that cannot be read is named and passed over. Raises UserError at the end if there were any.
+    """
+    class_names, files = checkpoint["data"]["class_names"], dataset.find_images(settings.images)
+    model, images = load_classifier(settings, checkpoint, machine), ImageList(files, [], class_names)
+    # The same noise for every image, so that its prediction does not depend on the others.
+    noise = evaluation_noise(settings.policy, 1, settings.n_trajectories, model.n_glimpses, settings.seed)
+    drawings = draw_images(images, model, noise.expand(len(files), -1, -1, -1), settings, machine)
+    n_best, rows = min(5, len(class_names)), []
+    for file, drawing in zip(files, tqdm(drawings, "predict", len(files), unit=" images", leave=False, disable=None)):
+        if isinstance(drawing, UserError):
+            machine.print(f"passed over: {drawing}")
+            continue
+        *_, (estimate, probabilities) = estimates(drawing.probabilities.unsqueeze(0), settings.policy).items()
+        values, labels = (part.tolist() for part in probabilities.flatten().topk(n_best))
+        # A hash tells apart images of the same name.
+        unique = hashlib.sha256(os.fsencode(os.path.abspath(file))).hexdigest()[:8]
+        path = settings.imgs_dir / f"predict_{file.name[:40]}_{unique}.jpg"
         save_image(path, drawing.panel)
-        *_, (estimate, probabilities) = estimates(drawing.probabilities, policy).items()
-        machine.print(f"{file}: {estimate} (drawn in {path})")
-        for probability, label in zip(
-            *(part.tolist() for part in probabilities.flatten().topk(min(5, len(class_names))))
-        ):
-            machine.print(f"  {probability:6.1%}  {class_names[label]}")
+        lines = [f"  {value:6.1%}  {class_names[label]}" for value, label in zip(values, labels)]
+        machine.print("\n".join([f"{file}: {estimate} (drawn in {path})", *lines]))
+        best = [cell for value, label in zip(values, labels) for cell in (class_names[label], f"{value:.4f}")]
+        rows.append([file, *best, *(f"{place:.4f}" for place in drawing.location.flatten().tolist())])
+    header = [f"{what}_{i + 1}" for i in range(n_best) for what in ("class", "probability")]
+    header += [f"{axis}_{t + 1}" for t in range(model.n_glimpses) for axis in "xy"]
+    table = settings.imgs_dir / "predictions.csv"
+    if rows:
+        utils.write_table(table, ["file", *header], rows)
+        machine.print(f"predictions for {utils.count(len(rows), 'image')} in {table}")
+    if len(rows) < len(files):
+        raise UserError(f"{len(files) - len(rows)} of {len(files)} images could not be read and were passed over")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -511,7 +564,7 @@ def main(argv: list[str] | None = None) -> None:
     of_backbone = "it is the backbone's: choose it in pretrain.py"
     given = utils.parse_flags(Settings, __doc__, argv, arch=of_backbone, patch_size=of_backbone)
     hint = "train one with `python main.py`, or give its --save_dir"
-    settings, checkpoint = utils.read_settings(Settings, given, FILES, hint, {"backbone": dict})
+    settings, checkpoint = utils.read_settings(Settings, given, FILES, hint, backbone=dict)
     if settings.task == "predict" and not settings.images:
         raise UserError("--task=predict needs --images PATH ...")
     try:

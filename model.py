@@ -76,7 +76,7 @@ def load_resnet_weights(backbone: nn.Sequential, resnet_state: dict[str, Tensor]
     children = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
     state = {}
     for key, value in resnet_state.items():
-        child, _, rest = key.partition(".")
+        child, _, rest = key.removeprefix("module.").partition(".")  # which DataParallel adds
         if child in children:
             state[f"{children.index(child)}.{rest}"] = value.float() if value.is_floating_point() else value
     stem = state.get("0.weight")

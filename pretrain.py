@@ -4,7 +4,7 @@
     python pretrain.py --batch_size 32          # in 8 GB of memory
     python pretrain.py --resume_training=True   # continue after the last saved epoch
     python pretrain.py --task=test              # accuracy of the four heads on the test list
-    python pretrain.py --task=probe             # a linear classifier of whole images on the features before fine-tuning
+    python pretrain.py --task=probe             # a linear probe on features of whole images, before fine-tuning
 
 Training writes pt_glimpse_model.tar (the best backbone), pt_last.tar (to resume from) and pt_log.csv under --save_dir.
 Test and probe give the figures that attention has to beat.
@@ -16,6 +16,7 @@ if __name__ == "__main__":  # Ctrl-C ends the script quietly while PyTorch is im
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ PROBE_WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 class Settings(utils.SharedSettings):
     """Settings of this script, each of them a flag."""
 
-    task: str = setting("train", "what to do", utils.TASK, stored=False, one_of=("train", "test", "probe"))
+    task: str = setting("train", "task to run", utils.TASK, stored=False, one_of=("train", "test", "probe"))
     seed: int = utils.seed_setting(tasks="train probe")
     arch: str = network_setting("resnet50", "torchvision ResNet to use as the backbone", one_of=ARCHITECTURES)
     patch_size: int = network_setting(96, "side of a patch in pixels", at_least=32, multiple_of=32)
@@ -64,7 +65,7 @@ def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> No
             ) from error
     else:
         state = utils.load_checkpoint(Path(weights), "--weights takes imagenet, none, or a file")
-    utils.load_state(lambda state: load_resnet_weights(backbone, state), state, weights)
+    utils.load_state(lambda state: load_resnet_weights(backbone, state), state, f"{weights} (is --arch {arch} right?)")
 
 
 def build_model(settings: Settings, n_classes: int) -> PretrainNetwork:
@@ -113,8 +114,10 @@ def evaluate(net: nn.Module, loader: DataLoader, machine: Machine, title: str) -
 
 def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> None:
     """Fine-tune the backbone and keep it at its best, the epoch with the lowest NLL of head 123 on validation."""
-    train_list, valid_list, data = dataset.read_training_lists(settings.data_dir, settings.valid_size)
-    run = utils.Run(settings, machine, FILES, last, data=data)
+    run = utils.Run(settings, machine, FILES, last)
+    checking = machine.checking(settings)
+    train_list, valid_list, data = dataset.read_training_data(settings.data_dir, settings.valid_size, **checking)
+    run.describe_origin(data=data)
     loading = machine.loading(settings.batch_size, settings.num_workers)
     loading["canvas_size"] = canvas_size(settings.patch_size, STARTS[0])
     # A ragged batch could hold a single image, too few for BatchNorm.
@@ -158,9 +161,11 @@ def test(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> No
     """Print the accuracy of the best backbone's four heads on the test list."""
     images, path = dataset.read_list(settings.data_dir, "test"), settings.save_dir / FILES[0]
     utils.refuse_other_classes(checkpoint, images.class_names, settings.data_dir, path)
+    [(images, fingerprints)] = dataset.check_images(images, **machine.checking(settings))
+    dataset.refuse_trained_on(images, fingerprints, checkpoint["data"], path, "test")
     model = build_model(settings, len(images.class_names))
     utils.load_state(model.backbone.load_state_dict, checkpoint["model_dict"], path)
-    utils.load_state(model.heads.load_state_dict, checkpoint["heads"], path)
+    utils.load_state(lambda content: model.heads.load_state_dict(content["heads"]), checkpoint, path)
     model.to(machine.device, memory_format=torch.channels_last)
     loading = machine.loading(settings.batch_size, settings.num_workers)
     loader = dataset.make_evaluation_loader(images, canvas_size=canvas_size(settings.patch_size, STARTS[0]), **loading)
@@ -213,10 +218,13 @@ def probe(settings: Settings, machine: Machine, _: None) -> None:
     def accuracy(fitted: nn.Linear, features: Tensor, labels: Tensor) -> float:
         return (fitted(features).argmax(-1) == labels).double().mean().item()
 
-    train_list, valid_list, _ = dataset.read_training_lists(settings.data_dir, settings.valid_size)
-    lists = (train_list, valid_list, dataset.read_list(settings.data_dir, "test"))
+    train_list, valid_list = dataset.read_training_lists(settings.data_dir, settings.valid_size)
+    lists = train_list, valid_list, dataset.read_list(settings.data_dir, "test")
     if lists[0].class_names != lists[2].class_names:
         raise UserError(f"the training and the test list of {settings.data_dir} have different classes")
+    with tempfile.TemporaryDirectory() as folder:  # there is no folder of a run
+        checking = {**machine.checking(settings), "memory": Path(folder) / "checked_images.tar"}
+        lists = [images for images, _ in dataset.check_images(*lists, **checking)]
     torch.manual_seed(settings.seed)
     backbone = build_backbone(settings.arch)
     load_initial_weights(backbone, settings.weights, settings.arch)
@@ -242,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read flags and checkpoint, find the device, do the task."""
     given = utils.parse_flags(Settings, __doc__, argv)
     hint = "make it with `python pretrain.py`, or give its --save_dir"
-    settings, checkpoint = utils.read_settings(Settings, given, FILES, hint, {"heads": dict})
+    settings, checkpoint = utils.read_settings(Settings, given, FILES, hint)
     machine = utils.set_up_machine(settings.device, settings.gpus, settings.precision)
     {"train": train, "test": test, "probe": probe}[settings.task](settings, machine, checkpoint)
 

@@ -41,7 +41,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class OutputClosed(Exception):
-    """Standard output is a pipe that nobody reads any more, as after `head`."""
+    """Standard output is a pipe whose reader has gone, such as `head`."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -58,6 +58,8 @@ def run(main: Callable[[], None]) -> None:
         raise KeyboardInterrupt
 
     exit_code = 128 + signal.SIGINT
+    with contextlib.suppress(AttributeError):  # a file name may have characters that the output cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, terminate)
     try:
@@ -71,10 +73,11 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it flushes
         sys.exit(128 + signal.SIGPIPE)
     except (RuntimeError, MemoryError) as error:  # PyTorch has a type of its own for GPU memory only
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "can't allocate memory" not in str(error) and "by signal: Killed" not in str(error):
             raise
         where = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
-        sys.exit(f"error: out of {where}memory: lower --batch_size, --n_trajectories or --rnn_hidden")
+        sys.exit(f"error: out of {where}memory: choose a smaller batch, a smaller network or fewer trajectories")
     except KeyboardInterrupt as stop:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not disturb the ending
@@ -116,7 +119,7 @@ training_setting = functools.partial(setting, group=TRAINING, tasks="train")
 network_setting = functools.partial(setting, group=NETWORK, fixed="always")
 machine_setting = functools.partial(setting, group=MACHINE, stored=False)
 # The scripts need the seed for different tasks.
-seed_setting = functools.partial(setting, 0, "seed of all that is random", TRAINING, fixed="resuming", at_least=0)
+seed_setting = functools.partial(setting, 0, "random seed", TRAINING, fixed="resuming", at_least=0)
 
 
 def available_cores() -> int:
@@ -133,29 +136,40 @@ class SharedSettings:
 
     data_dir: Path = file_setting(Path("data/Original"), "folder of images", tasks="train test probe view_glimpses")
     save_dir: Path = file_setting(
-        Path("data/saved_models"), "folder of the run", tasks="train test view_glimpses predict", stored=False
+        Path("data/saved_models"),
+        "folder for checkpoints, logs and results",
+        tasks="train test view_glimpses predict",
+        stored=False,
     )
     valid_size: float = file_setting(
         0.1, "fraction of the training images to validate on", tasks="train probe", fixed="always", above=0, below=1
     )
-    epochs: int = training_setting(101, "number of epochs, resumed ones included; 0: save untrained", at_least=0)
+    skip_bad_images: bool = file_setting(
+        False, "leave out images that cannot be read", tasks="train test probe", stored=False
+    )
+    epochs: int = training_setting(101, "epochs in total, including resumed ones; 0: save untrained", at_least=0)
     batch_size: int = training_setting(
-        128, "images per step, on all GPUs together", tasks="train test probe", at_least=1
+        128,
+        "batch size, summed over all GPUs and processes",
+        tasks="train test probe view_glimpses predict",
+        at_least=1,
     )
     lr: float = training_setting(1e-4, "learning rate of Adam", above=0)
     resume_training: bool = training_setting(False, "continue after the last saved epoch", stored=False)
     overwrite: bool = training_setting(False, "replace an earlier run in --save_dir", stored=False)
     tensorboard: bool = training_setting(False, "also log for TensorBoard (pip install tensorboard)", stored=False)
-    device: str = machine_setting("auto", "auto takes the GPUs if there are any", one_of=("auto", "cpu", "cuda"))
+    device: str = machine_setting("auto", "auto: use the GPUs if there are any", one_of=("auto", "cpu", "cuda"))
     gpus: str = machine_setting("", "GPUs to use, such as 0,1 (default: all visible ones)", a_list_like="0,1")
-    precision: str = setting("auto", "auto takes bf16 if the hardware has it", MACHINE, one_of=("auto", "fp32", "bf16"))
-    num_workers: int = machine_setting(N_WORKERS, "loader processes", tasks="train test probe", at_least=0)
+    precision: str = setting(
+        "auto", "auto: use bf16 if the hardware supports it", MACHINE, one_of=("auto", "fp32", "bf16")
+    )
+    num_workers: int = machine_setting(N_WORKERS, "processes that load images", tasks="train test probe", at_least=0)
 
 
 def problem(value: Any, field: dataclasses.Field) -> str:
     """Why a setting cannot have this value, in words; empty if it can."""
     kind, shown = type(field.default), str(value)[:40]
-    if not isinstance(value, int | float if kind is float else kind):
+    if not isinstance(value, int | float if kind is float else kind) or (type(value) is bool and kind is not bool):
         return f"{shown!r} is not of type {kind.__name__}"
     if kind in (int, float) and not value < 2**32:
         return f"{shown} is far too large"
@@ -224,12 +238,12 @@ def parse_flags(cls: type, doc: str, argv: list[str] | None, **elsewhere: str) -
 
 
 def read_settings(
-    cls: type, given: dict[str, Any], files: tuple[str, ...], hint: str, entries: dict[str, type]
+    cls: type, given: dict[str, Any], files: tuple[str, ...], hint: str, **entries: type
 ) -> tuple[Any, dict[str, Any] | None]:
     """Settings of class cls, and the checkpoint that the task needs: last to resume from, best to use, or None.
 
     A setting is the flag given, else what the checkpoint stores, else the default. files: as for `Run`. hint: what to
-    do if there is no best checkpoint. entries: of that, as for `load_checkpoint`. Raises UserError for a flag that
+    do if there is no best checkpoint. entries: as for `load_checkpoint`. Raises UserError for a flag that
     contradicts the checkpoint, and for a stored value that is not valid.
     """
     settings = cls(**given)
@@ -238,7 +252,7 @@ def read_settings(
         raise UserError("--resume_training continues a run and --overwrite replaces it: leave one of them out")
     if settings.resume_training:
         hint = "there is no run to resume, leave --resume_training out"
-        entries = {"optimizer": dict, "best_score": float, "log": list}
+        entries |= {"optimizer": dict, "best_score": float, "log": list}
     elif settings.task in ("train", "probe"):
         return settings, None
     checkpoint = load_checkpoint(path, hint, model_dict=dict, settings=dict, data=dict, epoch=int, **entries)
@@ -283,11 +297,24 @@ class Machine(NamedTuple):
         shard = {"rank": self.rank, "world_size": self.world_size, "batch_size": batch_size // self.world_size}
         return {**shard, "num_workers": num_workers, "pin_memory": self.device.type == "cuda"}
 
+    def of_first(self, value: Any) -> Any:
+        """What the first process has, so that all processes do the same."""
+        values = [value]
+        if dist.is_initialized():
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def checking(self, settings: SharedSettings) -> dict[str, Any]:
+        """Keywords for `dataset.check_images`. What that finds is remembered in the folder of the run."""
+        how = {"num_workers": settings.num_workers, "skip_bad": settings.skip_bad_images}
+        return {"machine": self, **how, "memory": settings.save_dir / "checked_images.tar"}
+
     def print(self, text: str) -> None:
-        """Print in the first process only. Raises OutputClosed if nobody reads any more."""
+        """Print in the first process only. Raises OutputClosed if the reader of the output has gone."""
         if self.rank == 0:
             try:
-                print(text, flush=True)
+                tqdm.write(text)  # above a bar, if there is one
+                sys.stdout.flush()
             except BrokenPipeError as error:
                 raise OutputClosed from error
 
@@ -300,7 +327,7 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: never ask the system for a single block
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: do not serve large blocks by mmap
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return memory
 
 
@@ -493,7 +520,8 @@ def replacing(path: Path, **how: Any) -> Iterator[IO[Any]]:
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}); earlier files are intact") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # such as a name that is too long, which is already reported
+            temporary.unlink(missing_ok=True)
 
 
 def write_table(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -528,7 +556,10 @@ def load_checkpoint(path: Path, hint: str, **entries: type) -> dict[str, Any]:
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch raises many types on a broken file
-        raise UserError(f"{path} cannot be read: it is truncated or not a checkpoint of PyTorch weights") from error
+        reason = "it is truncated or not a checkpoint of PyTorch weights"
+        if "Unsupported global" in str(error):
+            reason = "it holds Python objects, such as a whole model: save its state_dict() instead"
+        raise UserError(f"{path} cannot be read: {reason}") from error
     for name, kind in entries.items():
         if not isinstance(content, dict) or not isinstance(content.get(name), kind):
             raise wrong_kind(path, f"it has no entry {name} of type {kind.__name__}")
@@ -558,12 +589,29 @@ def refuse_other_classes(checkpoint: dict[str, Any], class_names: list[str], dat
         raise UserError(f"{data_dir} has other classes than those that {path} was trained on")
 
 
+def numbers_of(data: Any, key: str, part: str) -> Tensor:
+    """The "fingerprints" or "labels", int64 [N], of the "training" or "validation" images in a checkpoint's data."""
+    stored = data.get(key) if isinstance(data, dict) else None
+    value = stored.get(part) if isinstance(stored, dict) else None
+    valid = isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 1
+    return value if valid else torch.empty(0, dtype=torch.int64)
+
+
 def refuse_other_data(stored: dict[str, Any], data: dict[str, Any], path: Path) -> None:
-    """Raise UserError if training would go on with other classes, other images or another split."""
-    for name, value in data.items():
-        if value != stored.get(name):
-            numbers = f" (then {stored.get(name)}, now {value}: see --valid_size)" if isinstance(value, int) else ""
-            raise UserError(f"{path} was trained on other data: {name.replace('_', ' ')} differ{numbers}")
+    """Raise UserError if training would go on with other classes, other images or another split.
+
+    Images may be missing if as many were left out, because they can no longer be read.
+    """
+    if data["class_names"] != stored["class_names"]:
+        raise UserError(f"{path} was trained on other classes: see --data_dir")
+    for part in ("training", "validation"):
+        then, now = (
+            set(zip(*(numbers_of(some, key, part).tolist() for key in ("fingerprints", "labels"))))
+            for some in (stored, data)
+        )
+        if now - then or len(then - now) > data["left_out"]:
+            words = f"{len(now - then)} {part} images are new and {len(then - now)} of {len(then)} are missing"
+            raise UserError(f"{path} was trained on other images: {words}: see --data_dir and --valid_size")
 
 
 def git_revision() -> str:
@@ -589,7 +637,7 @@ def count(n: int, noun: str) -> str:
 
 
 def describe_classes(names: list[str]) -> str:
-    """How many classes there are, with the names of the first and the last."""
+    """How many classes there are, and the names of some."""
     some = names if len(names) <= 4 else [*names[:3], "...", names[-1]]
     return f"{count(len(names), 'class')}: {', '.join(some)}"
 
@@ -597,33 +645,38 @@ def describe_classes(names: list[str]) -> str:
 class Run:
     """A training run and its files under --save_dir: the best checkpoint, the last one to resume from, the log.
 
-    files: their names, in this order. last: the last checkpoint if the run is resumed, else None. stored: what
-    checkpoints hold beside states and settings, with `data` of `describe_data`. Raises UserError, before anything is
-    written, if an earlier run would be lost or resumed on other data.
+    files: their names, in this order. last: the last checkpoint if the run is resumed, else None. Raises UserError,
+    before anything is written, if an earlier run would be lost.
     """
 
-    def __init__(
-        self, settings: Any, machine: Machine, files: tuple[str, ...], last: dict | None, **stored: Any
-    ) -> None:
+    def __init__(self, settings: Any, machine: Machine, files: tuple[str, ...], last: dict | None) -> None:
         self.settings, self.machine, self.last = settings, machine, last
         self.best_path, self.last_path, self.log_path = self.paths = [settings.save_dir / name for name in files]
-        if last:
-            refuse_other_data(last["data"], stored["data"], self.last_path)
-        elif not settings.overwrite and (present := [path.name for path in self.paths if os.path.exists(path)]):
+        present = [path.name for path in self.paths if os.path.exists(path)]
+        if present and not last and not settings.overwrite:
             resume = "continue it with --resume_training=True, " if files[1] in present else ""
             found = f"{settings.save_dir} holds an earlier run ({', '.join(present)})"
             raise UserError(f"{found}: {resume}replace it with --overwrite, or choose another --save_dir")
-        values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.metadata["stored"]}
-        plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-        versions = {"torch": str(torch.__version__), "torchvision": torchvision.__version__, "git": git_revision()}
-        made_by = {**versions, "device": machine.device.type, "precision": machine.precision}
-        self.stored = {"settings": plain, "made_by": made_by, **stored}
         self.best_score, self.rows = (last["best_score"], last["log"]) if last else (math.inf, [])
         if not all(
             isinstance(row, dict) and all(isinstance(x, int | float) for x in row.values()) for row in self.rows
         ):
-            raise wrong_kind(self.last_path, "its log is not one of figures")
+            raise wrong_kind(self.last_path, "its log has entries that are not numbers")
         self.board: Any = None  # TensorBoard's writer
+
+    def describe_origin(self, **origin: dict[str, Any]) -> None:
+        """Store in the checkpoints, beside states, settings and versions, what the run was made of, with its `data`.
+
+        Raises UserError if the run is resumed on other data.
+        """
+        if self.last:
+            refuse_other_data(self.last["data"], origin["data"], self.last_path)
+        settings = self.settings
+        values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.metadata["stored"]}
+        plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        versions = {"torch": str(torch.__version__), "torchvision": torchvision.__version__, "git": git_revision()}
+        made_by = {**versions, "device": self.machine.device.type, "precision": self.machine.precision}
+        self.stored = {"settings": plain, "made_by": made_by, **origin}
 
     def restore(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Put the state after the last epoch back, if the run is resumed. Raises UserError if it does not fit."""
@@ -633,7 +686,7 @@ class Run:
 
     @contextlib.contextmanager
     def training(self, model: nn.Module, split_rule: str, best: dict[str, nn.Module]) -> Iterator[range]:
-        """Describe the run, give the epochs (from 0) to train, and at the end say what is saved, also when stopped.
+        """Describe the run, yield the epochs (from 0) to train, and at the end say what is saved, also when stopped.
 
         best: modules whose states the best checkpoint holds, by the names of its entries.
         """
@@ -662,7 +715,8 @@ class Run:
         data, machine = self.stored["data"], self.machine
         flags = [f.name for f in dataclasses.fields(self.settings) if "train" in (f.metadata["tasks"] or ["train"])]
         sizes = [count(data[name], name[:-1].replace("_", " ")) for name in ("training_images", "validation_images")]
-        total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (1, 0))
+        total = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         where = f"GPUs {machine.gpus}" if machine.gpus else f"CPU, {count(torch.get_num_threads(), 'thread')}"
         files = [f"{path} ({use})" for path, use in zip(self.paths, ("best", "to resume from", "metrics"))]
         lines = {
@@ -679,8 +733,9 @@ class Run:
     def save_best(self, epoch: int, metrics: dict[str, float]) -> None:
         """Write the best checkpoint, of this epoch (from 0; -1: untrained). The first of a run ends an earlier run."""
         if self.machine.rank == 0:
-            for path in (self.last_path, self.log_path) if not self.last and not self.rows else ():
-                path.unlink(missing_ok=True)
+            if not self.last and not self.rows:
+                self.last_path.unlink(missing_ok=True)
+                self.log_path.unlink(missing_ok=True)
             states = {name: cpu_state(module) for name, module in self.best.items()}
             save_checkpoint(self.best_path, {**states, "epoch": epoch, "metrics": metrics, **self.stored})
 
@@ -701,8 +756,9 @@ class Run:
                 self.save_best(epoch, row)
             cells = ([f"{old.get(name, math.nan):.6g}" for name in rows[-1]] for old in rows)
             write_table(self.log_path, rows[-1], cells)
-            for name, value in row.items() if self.board else ():
-                self.board.add_scalar("/".join(reversed(name.split("_", 1))), value, epoch + 1)
+            if self.board:
+                for name, value in row.items():
+                    self.board.add_scalar("/".join(reversed(name.split("_", 1))), value, epoch + 1)
                 self.board.flush()
             state = {"model_dict": cpu_state(model), "optimizer": optimizer.state_dict()}
             progress = {"epoch": epoch, "best_score": self.best_score, "log": rows}

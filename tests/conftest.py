@@ -8,6 +8,7 @@ import resource
 import subprocess
 import time
 import traceback
+import zlib
 from collections.abc import Callable
 from dataclasses import fields
 from multiprocessing.process import BaseProcess
@@ -30,6 +31,7 @@ from model import RecurrentAttention, build_backbone
 N_CLASSES = 3
 ARCH = "narrow"  # the width of a backbone matters to the time of a test, not to what the scripts do with it
 SMALL = ["--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--precision", "fp32", "--valid_size", "0.3"]
+CPU = utils.Machine(torch.device("cpu"), [], "fp32", rank=0, world_size=1)
 BACKBONE = ["--arch", ARCH, "--patch_size", "32", "--weights", "none"]
 
 
@@ -187,6 +189,15 @@ def draw_image(rng: np.random.Generator, width: int, height: int) -> Image.Image
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
 
 
+def draw_folder(folder: Path, n_images: int, suffix: str = "jpg", width: int = 40, height: int = 36) -> None:
+    """Images 0.jpg, 1.jpg, ..., no two of them alike in whatever class and part of the data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n_images):
+        path = folder / f"{i}.{suffix}"
+        rng = np.random.default_rng(zlib.crc32("/".join(path.parts[-3:]).encode()))
+        draw_image(rng, width, height).save(path)
+
+
 def write_list(path: Path, names: list[str], labels: list[int]) -> None:
     """A list as the official ones: an N x 1 cell column of names and an N x 1 uint8 column of labels from 1."""
     cells = np.empty((len(names), 1), dtype=object)
@@ -216,6 +227,19 @@ def make_data(tmp_path: Path) -> Callable[..., Path]:
         return data_dir
 
     return make
+
+
+@pytest.fixture
+def own_data(tmp_path: Path) -> Path:
+    """train/<class> and test/<class>, as people have them: numbered names, other formats, a folder in a folder."""
+    data_dir = tmp_path / "own"
+    for name, suffix in (("001.Red_cat", "png"), ("002.Blue_cat", "JPG"), ("010.Cow", "webp")):
+        draw_folder(data_dir / "train" / name, 4, suffix)
+        draw_folder(data_dir / "test" / name, 2, suffix)
+    draw_folder(data_dir / "train" / "010.Cow" / "2019", 2)
+    (data_dir / "train" / "010.Cow" / "._0.webp").write_text("of a file system")
+    (data_dir / "train" / "010.Cow" / "notes.txt").write_text("no image")
+    return data_dir
 
 
 @pytest.fixture

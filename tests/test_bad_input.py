@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import BACKBONE, SMALL, draw_image, fails, read, run, write_list
+from conftest import BACKBONE, SMALL, draw_image, fails, read, run, same, write_list
 
 import dataset
 import main
@@ -21,11 +22,13 @@ from dataset import read_image, read_list
 from utils import UserError
 
 CLASSIFIER = ["--rnn_hidden", "8", "--k", "1", "--start_size", "4"]
+MEMORY = "checked_images.tar"  # of images that were read, which a run that is refused later may add to
 
 
 def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Size and time of writing of every file below a folder."""
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+    """Size and time of writing of every file below a folder but the memory."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != MEMORY]
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
 def refused(script: ModuleType, argv: list[str], folder: Path) -> str:
@@ -77,9 +80,10 @@ def trained(make_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     return shared
 
 
-def test_broken_image_is_named_by_every_task(trained: list[str], tmp_path: Path) -> None:
-    """Also where a run is to be replaced: until its first epoch is over, the earlier one is intact."""
-    anew = [*trained, "--overwrite"]
+def test_broken_image_is_named_by_every_task(trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Before the first epoch, also where a run is to be replaced: the earlier one stays intact."""
+    anew, memory = [*trained, "--overwrite"], tmp_path / "out" / MEMORY
+    remembered = memory.read_bytes()
     for split, runs in (
         ("train", [(pretrain, [*anew, *BACKBONE]), (main, [*anew, *CLASSIFIER])]),
         ("test", [(pretrain, [*trained, "--task=test"]), (main, [*trained, "--task=test"])]),
@@ -88,13 +92,18 @@ def test_broken_image_is_named_by_every_task(trained: list[str], tmp_path: Path)
         whole = victim.read_bytes()
         if split == "test":
             runs.append((pretrain, [*trained, *BACKBONE, "--task=probe"]))
-            runs.append((main, [*trained, "--task=predict", "--images", str(victim)]))
         for name, damage in BROKEN_JPEGS.items():
             victim.write_bytes(damage(whole))
             for script, argv in runs:
                 line = refused(script, argv, tmp_path)
-                assert line.startswith(f"error: image {victim} cannot be read ("), (name, line)
+                wanted = rf"error: 1 of \d+ images cannot be used: image {victim} cannot be read \(.*\): .*"
+                assert re.fullmatch(wanted, line) and "--skip_bad_images" in line, (name, line)
+            capsys.readouterr()
+            line = refused(main, [*trained, "--task=predict", "--images", str(victim)], tmp_path)
+            assert line == "error: 1 of 1 images could not be read and were passed over"
+            assert capsys.readouterr().out.startswith(f"passed over: image {victim} cannot be read ("), name
         victim.write_bytes(whole)
+    assert memory.read_bytes() == remembered
 
 
 def test_damaged_images_are_read_or_refused(tmp_path: Path) -> None:
@@ -274,6 +283,100 @@ def test_wrong_backbones_in_checkpoints_are_named(trained: list[str], tmp_path: 
             line = refused(main, argv, tmp_path)
             assert str(path) in line, (name, content[entry], content["data"], line)
         path.write_bytes(whole)
+
+
+NO_PRINTS = [*WRONG, [[1]], torch.zeros(()), torch.zeros(2, 2), torch.tensor([0.5]), torch.zeros(0).bool()]
+
+
+def test_wrong_fingerprints_are_those_of_no_image(tmp_path: Path) -> None:
+    images = dataset.ImageList([tmp_path / "a.jpg", tmp_path / "b.jpg"], [0, 1], ["a", "b"])
+    prints = torch.tensor([1, 2])
+    data = {"class_names": ["a", "b"], "left_out": 0, "fingerprints": {"training": prints, "validation": prints}}
+    data["labels"] = {"training": torch.tensor([0, 1]), "validation": torch.tensor([0, 1])}
+    for value in NO_PRINTS:
+        for wrong in (value, {"training": value, "validation": value}):
+            stored = {"class_names": ["a", "b"], "fingerprints": wrong}
+            dataset.refuse_trained_on(images, prints, stored, tmp_path / "last.tar", "test")
+            with pytest.raises(UserError, match=r"last.tar was trained on other images: 2 training images are new"):
+                utils.refuse_other_data(stored, data, tmp_path / "last.tar")
+
+
+def test_wrong_fingerprints_in_checkpoints_are_named(trained: list[str], tmp_path: Path) -> None:
+    """Where training goes on; for other tasks the images are just new."""
+    backbone = (main, [*trained, *CLASSIFIER, "--epochs", "0", "--overwrite"])
+    for name, (script, argv) in [*readers(trained).items(), ("pt_glimpse_model.tar", backbone)]:
+        path = tmp_path / "out" / name
+        whole, good = path.read_bytes(), read(path)
+        wrong = [{**good, "data": {**good["data"], "fingerprints": value}} for value in ("text", {"training": "text"})]
+        if "backbone" in good:
+            values = ("text", torch.zeros(()))
+            wrong += [{**good, "backbone": {**good["backbone"], "trained_on": value}} for value in values]
+        for content in wrong:
+            torch.save(content, path)
+            of_use = accepted(script, argv, [f"{path} was trained on other images"], tmp_path)
+            assert of_use == (content["data"] is good["data"] or "--resume_training" not in argv), name
+        path.write_bytes(whole)
+
+
+def test_broken_memory_of_checked_images_is_made_anew(trained: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "out" / MEMORY
+    whole, good = path.read_bytes(), read(path)
+    contents = [b"", b"text", whole[: len(whole) // 2], *WRONG, [1, 2], torch.zeros(3)]
+    contents += [{key: value for key in good} for value in [*WRONG, torch.zeros(0), torch.zeros(3, 2), torch.zeros(10)]]
+    for content in contents:
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        run(main, [*trained, "--resume_training", "--epochs", "1"])
+        found = read(path)
+        assert same({key: found[key] for key in good}, good), content
+
+
+# --- folders
+
+
+LAYOUTS = [["train", "test"], ["Train", "VAL"], ["TRAIN", "val", "Test"], ["images"], [""], ["train"], ["test", "val"]]
+CLASSES = ["cat", "dog", "Größe", "a b", "2019", "x.jpg", "lists", "Test", "001.", ".ipynb_checkpoints", "__MACOSX"]
+FILES = [*(f"{i}.jpg" for i in range(9)), "a.PNG", "notes.txt", ".b.jpg", "._0.jpg", "Thumbs.db", "train_list.mat"]
+
+
+def make_random_folders(data_dir: Path, rng: random.Random) -> None:
+    """A layout of random classes; now and then a folder is missing, empty, hidden or below another one."""
+    classes = rng.sample(CLASSES, rng.randrange(1, 5))
+    for top in rng.choice(LAYOUTS):
+        for name in classes:
+            folder = data_dir / top / name / rng.choice(["", "", "", "2019", ".thumbs", "a/b"])
+            if rng.random() < 0.95:
+                folder.mkdir(parents=True, exist_ok=True)
+                for file in rng.sample(FILES, rng.choice((1, 9, 12, 15)) if rng.random() < 0.95 else 0):
+                    (folder / file).touch()
+
+
+def test_random_folders_are_read_or_refused(tmp_path: Path) -> None:
+    """What is read exists, is visible, and is in one part only."""
+    rng, n_read = random.Random(0), 0
+    for i in range(300):
+        data_dir, parts = tmp_path / str(i), {}
+        data_dir.mkdir()
+        make_random_folders(data_dir, rng)
+        for part in ("train", "valid", "test"):
+            try:
+                parts[part] = read_list(data_dir, part)
+            except UserError as error:
+                assert str(data_dir) in str(error) or str(error).startswith("the class "), error
+                assert "\n" not in str(error)
+        found = [file for images in parts.values() for file in images.files]
+        assert len(found) == len(set(found))
+        for file in found:
+            names = file.relative_to(data_dir).parts
+            assert file.is_file() and not any(name.startswith(".") or name == "__MACOSX" for name in names)
+        for part, images in parts.items():
+            classes = range(len(images.class_names))
+            assert len(images.files) == len(images.labels) and set(images.labels) <= set(classes) != {0}
+            assert not images.files or part != "train" or set(images.labels) == set(classes)
+        n_read += len(parts) == 3
+    assert 30 < n_read < 270
 
 
 # --- flags

@@ -1,13 +1,14 @@
 """Lists, the split, images of every kind, and what the loaders deliver."""
 
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import draw_image, write_list
+from conftest import CPU, draw_image, write_list
 from PIL import Image
 
 import dataset
@@ -28,28 +29,45 @@ def test_list_in_the_official_format(make_data) -> None:
     assert images.class_names == ["toy breed 1", "toy breed 2", "toy breed 3"]
 
 
-def test_split_is_stratified_seeded_and_disjoint() -> None:
+def test_split_is_disjoint_and_the_same_in_every_run() -> None:
+    """About the fraction of each class, whatever the order of the list; the order within the parts is that of it."""
     labels = [label for label in range(120) for _ in range(100)]
-    official = ImageList([Path(str(i)) for i in range(12_000)], labels, [str(label) for label in range(120)])
-    train, valid = split_list(official, 0.1, seed=0)
-    assert len(train.files) == 10_800 and len(valid.files) == 1_200
-    assert set(Counter(valid.labels).values()) == {10} and not set(train.files) & set(valid.files)
-    assert split_list(official, 0.1, seed=0)[1].files == valid.files
-    assert split_list(official, 0.1, seed=1)[1].files != valid.files
-    assert all(official.labels[int(str(file))] == label for file, label in zip(valid.files, valid.labels))
+    files = [Path(f"{label}/{i}.jpg") for i, label in enumerate(labels)]
+    official = ImageList(files, labels, [str(label) for label in range(120)])
+    train, valid = split_list(official, 0.1, "validation", n_parts=2)
+    assert sorted(train.files + valid.files) == sorted(files) and not set(train.files) & set(valid.files)
+    assert 1080 < len(valid.files) < 1320  # 0.1 of 12,000, within four standard deviations
+    sizes = Counter(valid.labels)
+    assert len(sizes) == 120 and min(sizes.values()) >= 1 and max(sizes.values()) < 25
+    place = {file: i for i, file in enumerate(files)}
+    for part in (train, valid):
+        assert part.class_names == official.class_names and part.files == sorted(part.files, key=place.get)
+        assert all(file.parts[0] == str(label) for file, label in zip(part.files, part.labels))
+    assert split_list(official, 0.1, "validation", n_parts=2) == (train, valid)
+    order = random.Random(0).sample(range(12_000), 12_000)
+    shuffled, _ = split_list(official.subset(order), 0.1, "validation", n_parts=2)
+    assert set(shuffled.files) == set(train.files)
 
 
 def test_both_parts_of_a_split_have_an_image_of_each_class() -> None:
+    four = ImageList([Path(f"ab/{i}.jpg") for i in range(4)], [0, 0, 1, 1], ["a", "b"])
     for fraction in (0.01, 0.99):
-        train, valid = split_list(ImageList([Path(str(i)) for i in range(4)], [0, 0, 1, 1], ["a", "b"]), fraction, 0)
+        train, valid = split_list(four, fraction, "validation", n_parts=2)
         assert sorted(train.labels) == sorted(valid.labels) == [0, 1]
-    with pytest.raises(UserError, match="class b has 1 image: .* it needs at least two"):
-        split_list(ImageList([Path(str(i)) for i in range(3)], [0, 0, 1], ["a", "b"]), 0.5, 0)
+    with pytest.raises(UserError, match="^the class b has 1 image: to hold out some for validation it needs 2$"):
+        split_list(four.subset([0, 1, 2]), 0.5, "validation", n_parts=2)
+    with pytest.raises(UserError, match="^the class a has 2 images: to hold out some for test it needs 3$"):
+        split_list(four, 0.5, "test", n_parts=3)
 
 
-def test_missing_folder_names_both_scripts(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"python data/stanford_dogs.py.*python data/toy_dogs.py"):
-        read_list(tmp_path / "nowhere", "train")
+def test_missing_default_folder_names_both_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any other folder was meant to hold images of one's own."""
+    monkeypatch.chdir(tmp_path)
+    default = r"^the folder data/Original cannot be read \(No such .*python data/stanford_dogs.py.*data/toy_dogs.py"
+    with pytest.raises(UserError, match=default):
+        read_list("data/Original", "train")
+    with pytest.raises(UserError, match=r"^the folder data/nowhere cannot be read \(No such file or directory\)$"):
+        read_list("data/nowhere", "train")
 
 
 def test_missing_and_broken_lists(make_data) -> None:
@@ -226,7 +244,7 @@ def test_persistent_workers_learn_of_the_next_epoch(make_data) -> None:
 
 def test_validation_images_are_central_crops_in_order(make_data) -> None:
     """The 2018 code cropped even the validation images at random."""
-    _, valid, _ = dataset.read_training_lists(make_data(), 0.3)
+    _, valid = dataset.read_training_lists(make_data(), 0.3)
 
     def read_shard(rank: int, world_size: int) -> torch.Tensor:
         keywords = {"canvas_size": 32, "batch_size": 4, "num_workers": 0}
@@ -234,29 +252,46 @@ def test_validation_images_are_central_crops_in_order(make_data) -> None:
         return torch.cat([canvas for canvas, *_ in loader])
 
     canvas = read_shard(0, 1)
-    assert len(canvas) == len(valid.files) == 6
+    assert len(canvas) == len(valid.files) == 8
     expected = [dataset.crop_to_canvas(dataset.read_image(file, 32), 32) for file in valid.files]
     assert torch.equal(canvas, torch.stack(expected))
-    shards = [read_shard(rank, 4) for rank in range(4)]
-    assert [len(shard) for shard in shards] == [2, 2, 1, 1] and torch.equal(shards[1], canvas[1::4])
+    shards = [read_shard(rank, 3) for rank in range(3)]
+    assert [len(shard) for shard in shards] == [3, 3, 2] and torch.equal(shards[1], canvas[1::3])
     with pytest.raises(UserError, match="more processes than images"):
-        read_shard(6, 7)
+        read_shard(8, 9)
 
 
-def test_data_are_described_by_classes_numbers_and_digests(make_data) -> None:
-    """The digests depend on names and labels of the images, not on the data folder or the order."""
-    train, valid, data = dataset.read_training_lists(make_data(), 0.3)
-    assert data["class_names"] == ["toy breed 1", "toy breed 2", "toy breed 3"]
-    assert (data["training_images"], data["validation_images"]) == (12, 6)
+def test_data_are_described_by_classes_numbers_and_fingerprints(make_data, tmp_path: Path) -> None:
+    """A fingerprint is of the name and the content of a file, wherever that lies."""
+    data_dir, elsewhere = make_data(), tmp_path / "elsewhere"
+    shutil.copytree(data_dir, elsewhere)
+    checking = {"machine": CPU, "num_workers": 0, "skip_bad": False}
 
-    def digest(files: list[Path], labels: list[int]) -> str:
-        return dataset.describe_data(train, valid._replace(files=files, labels=labels))["validation_list"]
+    def describe(folder: Path) -> tuple[ImageList, dict[str, torch.Tensor], dict[str, object]]:
+        train, _, data = dataset.read_training_data(folder, 0.3, **checking, memory=tmp_path / "checked.tar")
+        return train, data.pop("fingerprints"), data
 
-    assert digest(valid.files[::-1], valid.labels[::-1]) == data["validation_list"] != data["training_list"]
-    elsewhere = [Path("elsewhere", *file.parts[-2:]) for file in valid.files]
-    assert digest(elsewhere, valid.labels) == data["validation_list"]
-    assert digest([*valid.files[:-1], train.files[-1]], valid.labels) != data["validation_list"]
-    assert digest(valid.files, [1, *valid.labels[1:]]) != data["validation_list"]
+    train, prints, data = describe(data_dir)
+    sizes = {f"{part}_images": len(prints[part]) for part in ("training", "validation")}
+    names = ["toy breed 1", "toy breed 2", "toy breed 3"]
+    assert data == {"class_names": names, **sizes, "left_out": 0} and sum(sizes.values()) == 18
+    assert all(values.dtype == torch.int64 and values.ndim == 1 for values in prints.values())
+    assert len(set(torch.cat([*prints.values()]).tolist())) == 18
+    same_list, same_prints, same_data = describe(elsewhere)
+    assert same_data == data and all(torch.equal(same_prints[part], prints[part]) for part in prints)
+    assert [file.name for file in same_list.files] == [file.name for file in train.files]
+
+    victim = same_list.files[0]
+    whole = victim.read_bytes()
+    large = whole + bytes(2**17)  # longer than what is hashed
+    seen = {prints["training"][0].item()}
+    for content in (next(elsewhere.glob("Images/*/test_0.jpg")).read_bytes(), large, large + b"0"):
+        victim.write_bytes(content)
+        changed = describe(elsewhere)[1]["training"]
+        assert torch.equal(changed[1:], prints["training"][1:]) and changed[0].item() not in seen
+        seen.add(changed[0].item())
+    victim.write_bytes(whole)
+    assert torch.equal(describe(elsewhere)[1]["training"], prints["training"])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -210,6 +210,67 @@ def test_captions_of_a_contact_sheet_fit_their_tiles() -> None:
     assert (sheets[0] == sheets[1]).all() and (sheets[2] == sheets[3]).all() and (sheets[0] != sheets[2]).any()
 
 
+def without_glyph(character: str, font: ImageFont.FreeTypeFont) -> bool:
+    """Whether a font draws a character as its sign for a missing one, which U+FFFF, no character, is drawn as."""
+    return bytes(font.getmask(character)) == bytes(font.getmask("\uffff"))
+
+
+@pytest.mark.parametrize(
+    "text", ["Größe", "Épagneul", "柴犬", "Русский той", "Ελληνικός", "a\u0308", "\u0378", "\U0010abcd", "Größe 柴犬"]
+)
+def test_no_character_is_drawn_as_a_missing_one(text: str) -> None:
+    """A font that has all of them is taken, else all are escaped."""
+    plain = "predicted American Staffordshire terrier (0.99),\ntrue Shiba"
+    assert glimpse.choose_font(14, plain)[1] == [plain]
+    font, (first, second) = glimpse.choose_font(14, plain, text)
+    assert first == plain and not any(without_glyph(character, font) for character in {*first, *second} - {"\n"})
+    assert second in (text, text.encode("ascii", "backslashreplace").decode())
+
+
+def test_characters_of_no_font_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is what panels and contact sheets show; texts in ASCII stay as they are."""
+    plain = ImageFont.load_default(14)
+    monkeypatch.setattr(glimpse, "load_fonts", lambda size: [ImageFont.load_default(size)])
+    assert without_glyph("柴", plain) and without_glyph("ü", plain) and not without_glyph("u", plain)
+    font, texts = glimpse.choose_font(14, "柴犬 (0.50)", "cat\ndog", "Größe")
+    assert texts == ["\\u67f4\\u72ac (0.50)", "cat\ndog", "Gr\\xf6\\xdfe"]
+    assert (np.array(font.getmask("cat")) == np.array(plain.getmask("cat"))).all()
+    canvas, box = torch.zeros(3, 64, 64, dtype=torch.uint8), torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])
+    panels, sheets = [], []
+    for name in ("Größe", "Gr\\xf6\\xdfe"):
+        panels.append(glimpse.draw_panel(canvas, torch.zeros(1, 2), None, (2,), 32, f"{name}.jpg", [f"{name} (0.50)"]))
+        sheets.append(glimpse.draw_contact_sheet([canvas] * 2, [box] * 2, [f"predicted {name} (0.50)", "true cat"]))
+    for first, second in (panels, sheets):
+        assert first.size == second.size and (np.array(first) == np.array(second)).all()
+
+
+def test_drawings_show_the_names_in_a_font_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here one in which every character is wide, so that it can be recognized."""
+    monkeypatch.setattr(glimpse, "choose_font", lambda size, *texts: (ImageFont.load_default(3 * size), list(texts)))
+    canvas, box = torch.full((3, 64, 64), 255, dtype=torch.uint8), torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])
+    panel = np.array(glimpse.draw_panel(canvas, torch.zeros(1, 2), None, (2,), 32, "a caption", ["a prediction"]))
+    sheet = np.array(glimpse.draw_contact_sheet([canvas], [box], ["a caption"]))
+    text = Image.new("RGB", (panel.shape[1], 20), "white")
+    ImageDraw.Draw(text).text((8, 4), "a caption", "black", ImageFont.load_default(42))
+    assert (panel[:20] == np.array(text)).all()
+    assert (sheet[8 + 240 : -8, 8:-8] < 128).all(-1).any(0).sum() > 60  # columns with ink
+
+
+def test_contact_sheet_keeps_long_names_in_their_tiles() -> None:
+    """The longest names of Stanford Dogs, and of a class whose name no font has."""
+    canvas, box = torch.zeros(3, 64, 64, dtype=torch.uint8), torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])
+    for long in ("American Staffordshire terrier", "West Highland white terrier", "柴犬" * 12):
+        caption = f"predicted {long} (0.99)\ntrue {long} (0.01)"
+        sheet = np.array(glimpse.draw_contact_sheet([canvas] * 6, [box] * 6, [caption] * 6))
+        captions = sheet[8 + 240 : 8 + 276]
+        for i in range(6):
+            left = 8 + 248 * (i % 5)
+            tile = (sheet if i < 5 else sheet[284:])[8 + 240 : 8 + 276, left : left + 240]
+            ink = (tile < 128).all(-1)
+            assert ink[:18].any() and ink[18:].any() and 200 < np.flatnonzero(ink.any(0)).max() < 240
+        assert (captions[:, 240 + 8 : 240 + 16] == 255).all()  # nothing between the tiles
+
+
 def test_attention_is_drawn_over_its_own_quadrant() -> None:
     white = Image.new("RGB", (64, 64), "white")
     for quadrant, (x, y) in enumerate(itertools.product((0, 1), repeat=2)):

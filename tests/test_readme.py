@@ -94,7 +94,10 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         else:
             run_as_written(words[0], words[1:])
             n_run += 1
-    assert n_run >= 10 and len(list(Path("imgs").iterdir())) == 6
+    drawings = sorted(re.sub(r"_[0-9a-f]{6}\.", ".", path.name) for path in Path("imgs").iterdir())
+    predicted = [f"predict_{name}.jpg" for name in ("another.png", "photo.jpg", "third.webp")]
+    assert drawings == ["contact_sheet.jpg", "glimpse_0.jpg", "glimpse_1.jpg", *predicted, "predictions.csv"]
+    assert n_run >= 10
 
 
 def test_defaults_are_those_of_the_flags() -> None:

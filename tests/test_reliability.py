@@ -20,6 +20,7 @@ import torch.distributed as dist
 from conftest import (
     ARCH,
     BACKBONE,
+    CPU,
     N_CLASSES,
     SMALL,
     fails,
@@ -40,7 +41,6 @@ import pretrain
 import utils
 from model import RecurrentAttention, attention_loss, build_backbone
 
-CPU = utils.Machine(torch.device("cpu"), [], "fp32", rank=0, world_size=1)
 CLASSIFIER = ["--rnn_hidden", "16", "--k", "1", "--start_size", "2", "--n_glimpses", "2"]
 FILES = {
     "main": ("last.tar", "saved_model.tar", "log.csv"),
@@ -57,7 +57,7 @@ def wait_for(condition: Callable[[], bool], process: BaseProcess) -> None:
 @pytest.fixture
 def flags(make_data, tmp_path: Path) -> Callable[..., list[str]]:
     """Flags of a run of a script that saves to the folder given; for main.py, with a backbone."""
-    data_dir, backbone = make_data(n_train=3), tmp_path / "backbone.tar"
+    data_dir, backbone = make_data(n_train=4), tmp_path / "backbone.tar"
 
     def make(script: str, save_dir: Path, arch: str = ARCH) -> list[str]:
         if not backbone.exists():
@@ -167,7 +167,7 @@ def test_stopped_before_anything_is_saved(flags, tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGTERM)
     assert finish(process) == 143
     assert printed.read_text().splitlines()[-1] == "stopped: no epoch was finished, there is nothing to resume"
-    assert not list(folder.iterdir())
+    assert [path.name for path in folder.iterdir()] == ["checked_images.tar"]
 
 
 # --- the disk

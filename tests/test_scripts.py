@@ -20,11 +20,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import torchvision
 import toy_table
 from conftest import (
     ARCH,
     BACKBONE,
     SMALL,
+    NarrowResNet,
     draw_image,
     fails,
     finish,
@@ -40,6 +42,7 @@ from conftest import (
 )
 from PIL import Image
 from scipy.io import loadmat
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import dataset
 import main
@@ -167,10 +170,11 @@ def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, c
     folders = ["--save_dir", str(out), "--imgs_dir", str(tmp_path / "imgs")]
     main.main([*folders, "--task=predict", "--images", str(tmp_path / "photo.png")])  # neither data nor other flags
     lines = capsys.readouterr().out.splitlines()
-    drawn = tmp_path / "imgs" / "predict_0_photo.jpg"
+    [drawn] = (tmp_path / "imgs").glob("predict_photo.png_*.jpg")
     assert lines[0] == f"{tmp_path / 'photo.png'}: average of 7 (drawn in {drawn})"
-    assert len(lines) == 4  # there are three breeds to name
-    assert sum(float(re.match(r"\s+([\d.]+)%", line)[1]) for line in lines[1:]) == pytest.approx(100, abs=0.2)
+    assert lines[-1] == f"predictions for 1 image in {tmp_path / 'imgs' / 'predictions.csv'}"
+    assert len(lines) == 5  # there are three breeds to name
+    assert sum(float(re.match(r"\s+([\d.]+)%", line)[1]) for line in lines[1:-1]) == pytest.approx(100, abs=0.2)
     assert Image.open(drawn).width > 500
 
 
@@ -201,7 +205,8 @@ def test_heads_are_tested_as_they_were_saved(
     for head, prediction in enumerate((0, 1, 2, 0)):
         checkpoint["heads"][f"{head}.3.bias"] = 1000 * torch.eye(3)[prediction]
     torch.save(checkpoint, path)
-    kept = [names[i] for i in (0, 1, 3, 4, 5, 6, 7, 8)] + [names[6].replace("test_0", "train_0")]
+    kept = [names[i] for i in (0, 1, 3, 4, 5, 6, 7, 8)] + [names[6].replace("test_0", "test_3")]
+    draw_image(np.random.default_rng(1), 50, 40).save(Path(pretrain_args[1]) / "Images" / kept[-1])
     write_list(list_path, kept, [1, 1, 2, 2, 2, 3, 3, 3, 3])
     given = fit(pretrain, [*pretrain_args, "--task=test"])
     capsys.readouterr()
@@ -221,7 +226,8 @@ def test_heads_are_tested_as_they_were_saved(
     message = fails(pretrain, [*fit(pretrain, [*pretrain_args[:-6], "--task=test"])])
     assert str(path) in message and "its setting arch: resnet1 is not one of resnet18" in message
     torch.save({key: value for key, value in checkpoint.items() if key != "heads"}, path)  # one of 2018 has no heads
-    assert "no entry heads" in fails(pretrain, given)
+    message = fails(pretrain, given)
+    assert str(path) in message and "heads" in message
     torch.save({**checkpoint, "data": {"class_names": ["cat"]}}, path)
     assert "other classes" in fails(pretrain, given)
 
@@ -463,7 +469,7 @@ def test_predict_draws_and_labels_the_deterministic_trajectory(
     main_args: list[str], save_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """What is printed is the average over all trajectories, and says so."""
-    run(main, [*main_args, *MODEL, "--std_dev", "3", "--epochs", "1"])
+    run(main, [*main_args, *MODEL, "--std_dev", "3", "--epochs", "2"])
     draw_image(np.random.default_rng(5), 90, 90).save(tmp_path / "photo.png")
     drawn = collect_panels(monkeypatch)
     capsys.readouterr()
@@ -632,7 +638,7 @@ def test_resuming_restores_every_setting(training: tuple[ModuleType, list[str], 
     where = ["--save_dir", str(folder), "--device", "cpu", "--num_workers", "0"]
     script.main([*where, "--resume_training", "--epochs", "2"])
     after = read(folder / script.FILES[1])
-    assert after["settings"] == {**before["settings"], "epochs": 2} and after["data"] == before["data"]
+    assert after["settings"] == {**before["settings"], "epochs": 2} and same(after["data"], before["data"])
     rates = [group["lr"] for group in after["optimizer"]["param_groups"]]
     assert rates == ([0.02, 0.03] if script is main else [0.02])
     assert [row["epoch"] for row in after["log"]] == [1, 2]
@@ -653,27 +659,33 @@ def test_printed_command_trains_on_the_same_split(
     small = ["--rnn_hidden", "8", "--k", "1", "--start_size", "4", "--num_workers", "0", "--device", "cpu"]
     main.main([*words, *small, *(["--epochs", "1", "--batch_size", "4"] if task == "test" else [])])
     last, backbone = read(tmp_path / "out" / "last.tar"), read(tmp_path / "out" / "pt_last.tar")
-    assert last["data"] == backbone["data"] and last["data"]["validation_images"] == 9 and last["epoch"] == 0
+    assert same(last["data"], backbone["data"]) and last["data"]["validation_images"] == 11 and last["epoch"] == 0
+    assert "trained on other images" not in capsys.readouterr().out
     names = ["data_dir", "valid_size", "epochs", "batch_size", *(["lr", "seed"] if task == "train" else [])]
     assert [last["settings"][name] for name in names] == [backbone["settings"][name] for name in names]
 
 
-def test_restart_of_the_cosine_schedule_is_announced(
+def test_jump_of_the_learning_rate_is_announced(
     main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture
 ) -> None:
     run(main, [*main_args, *MODEL, "--epochs", "3"])
-    assert "note:" not in capsys.readouterr().out
+    assert "learning rate" not in capsys.readouterr().out
     run(main, [*main_args, "--resume_training", "--epochs", "6"])
     lines = capsys.readouterr().out.splitlines()
-    [note] = [i for i, line in enumerate(lines) if line.startswith("note: the cosine schedule")]
-    assert "6 epochs, not 3" in lines[note] and "from 0.0025 to 0.005" in lines[note]
+    [note] = [i for i, line in enumerate(lines) if line.startswith("note: ")]
+    assert "cosine schedule" in lines[note] and "6 epochs, not 3" in lines[note]
+    assert "the learning rate goes from 0.0025 to 0.005" in lines[note]
     epochs = [i for i, line in enumerate(lines) if re.match(r"epoch \d/6", line)]
     assert len(epochs) == 3 and note < epochs[0]
     rates = [float(row["lr"]) for row in read_log(save_dir / "log.csv")]
     assert rates[2:4] == pytest.approx([0.0025, 0.005], rel=1e-5)
-    for flags in (["--epochs", "6"], ["--epochs", "7", "--lr_schedule", "constant"]):
-        run(main, [*main_args, "--resume_training", *flags])
-        assert "note:" not in capsys.readouterr().out
+    run(main, [*main_args, "--resume_training", "--epochs", "6"])
+    assert "note:" not in capsys.readouterr().out
+    run(main, [*main_args, "--resume_training", "--epochs", "7", "--lr_schedule", "constant"])
+    [note] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert "constant schedule" in note and "the learning rate goes from 0.00067 to 0.01" in note
+    run(main, [*main_args, "--resume_training", "--epochs", "8"])  # still constant
+    assert "note:" not in capsys.readouterr().out
 
 
 # --- several processes
@@ -735,7 +747,7 @@ def test_two_processes_pretrain_what_they_validate(pretrain_args: list[str], run
     net = PretrainNetwork(backbone=build_backbone(ARCH), n_classes=3, patch_size=32)
     net.load_state_dict(read(out / "pt_last.tar")["model_dict"])
     loading = {"canvas_size": 128, "batch_size": 4, "num_workers": 0}
-    _, valid = dataset.split_list(dataset.read_list(pretrain_args[1], "train"), 0.3)
+    _, valid = dataset.read_training_lists(Path(pretrain_args[1]), 0.3)
     loader = dataset.make_loader(valid, range(len(valid.files)), **loading)
     alone = pretrain.evaluate(utils.wrap(net, machine), loader, machine, "")
     assert alone.keys() == {"loss", "nll", *(f"accuracy_{head}" for head in HEADS)}
@@ -829,12 +841,14 @@ def test_bad_data_ends_with_one_line(main_args: list[str], tmp_path: Path) -> No
     data_dir = Path(main_args[1])
     elsewhere = [*main_args, "--data_dir", str(tmp_path / "nowhere")]
     for script in (pretrain, main):
-        assert "data/toy_dogs.py" in fails(script, elsewhere[:2] + elsewhere[-2:] if script is pretrain else elsewhere)
+        message = fails(script, elsewhere[:2] + elsewhere[-2:] if script is pretrain else elsewhere)
+        assert message == f"error: the folder {tmp_path / 'nowhere'} cannot be read (No such file or directory)"
     victim = sorted((data_dir / "Images").glob("*/train_*.jpg"))[3]
     victim.write_bytes(b"no image")
     for workers in ("0", "1"):
         message = fails(main, [*main_args, *MODEL, "--epochs", "1", "--num_workers", workers])
-        assert message.startswith(f"error: image {victim} cannot be read")
+        assert f" cannot be used: image {victim} cannot be read (not an image): " in message
+        assert message.startswith("error: 1 of ") and "--skip_bad_images" in message
     victim.unlink()
     assert f"1 of the 18 images in {data_dir}" in fails(main, [*main_args, *MODEL])
 
@@ -862,7 +876,7 @@ def test_scales_gpus_and_contradictions(main_args: list[str], save_dir: Path, ma
         assert f"{flag} {value} contradicts {save_dir / 'last.tar'}" in message and "leave the flag out" in message
     make_data(n_train=7)  # in the same folder
     message = fails(main, [*main_args, "--resume_training"])
-    assert "training images differ" in message and "--valid_size" in message
+    assert f"{save_dir / 'last.tar'} was trained on other images: " in message and "--data_dir" in message
     assert [(save_dir / name).read_bytes() for name in main.FILES] == before  # nothing was damaged
 
 
@@ -888,12 +902,17 @@ def test_backbone_never_saw_the_validation_images(pretrain_args: list[str], tmp_
     shared = ["--data_dir", pretrain_args[1], "--save_dir", str(tmp_path / "out"), *SMALL, *MODEL, "--epochs", "1"]
     splits, real = [], dataset.split_list
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "split_list", lambda *given: splits.append(real(*given)) or splits[-1])
+        patch.setattr(dataset, "split_list", lambda *given, **more: splits.append(real(*given, **more)) or splits[-1])
         run(pretrain, [*pretrain_args, "--epochs", "1", "--overwrite"])
         run(main, [*shared, "--seed", "3"])
     assert len(splits) == 2 and splits[0] == splits[1]
+    [train, valid], path = splits[0], tmp_path / "out" / "pt_glimpse_model.tar"
+    _, larger = dataset.read_training_lists(Path(pretrain_args[1]), 0.5)
+    mixed = [file for file in larger.files if file in train.files]
+    assert set(larger.files) > set(valid.files) and mixed
     message = fails(main, [*shared, "--valid_size", "0.5", "--overwrite"])
-    assert "training images differ" in message and "--valid_size" in message
+    wanted = f"{len(mixed)} of the {len(larger.files)} validation images were used in training {path}, first {mixed[0]}"
+    assert message == f"error: {wanted}: see --data_dir and --valid_size"
 
 
 def test_learning_rate_and_batch_size_may_change_on_resuming(main_args: list[str], save_dir: Path) -> None:
@@ -959,6 +978,55 @@ def test_bad_checkpoints_end_with_one_line(main_args: list[str], pretrain_args: 
     assert "python pretrain.py" in fails(main, [*main_args])
 
 
+def test_weights_of_another_kind_end_with_one_line(pretrain_args: list[str], tmp_path: Path) -> None:
+    path, flags = tmp_path / "weights.pth", ["--weights", str(tmp_path / "weights.pth"), "--epochs", "0"]
+    resnet = torchvision.models.get_model(ARCH)
+    torch.save(resnet, path)
+    message = fails(pretrain, [*pretrain_args, *flags])
+    assert message.startswith(f"error: {path} cannot be read: it holds Python objects, such as a whole model: ")
+    assert "state_dict()" in message
+    for other in (NarrowResNet(BasicBlock, [3, 4, 6, 3]), NarrowResNet(Bottleneck, [2, 2, 2, 2])):
+        torch.save(other.state_dict(), path)
+        message = fails(pretrain, [*pretrain_args, *flags])
+        wanted = f"error: the state in {path} does not fit this network: "
+        assert message.startswith(wanted) and len(message) < len(wanted) + 200
+    assert not (tmp_path / "out" / "pt_glimpse_model.tar").exists()
+
+
+def test_weights_saved_by_data_parallel_are_accepted(pretrain_args: list[str], tmp_path: Path) -> None:
+    """Each of its keys begins with "module."."""
+    resnet, loaded = torchvision.models.get_model(ARCH), []
+    for name, net in (("plain.pth", resnet), ("parallel.pth", torch.nn.DataParallel(resnet))):
+        torch.save(net.state_dict(), tmp_path / name)
+        run(pretrain, [*pretrain_args, "--weights", str(tmp_path / name), "--epochs", "0", "--overwrite"])
+        loaded.append(read(tmp_path / "out" / "pt_glimpse_model.tar")["model_dict"])
+    assert same(*loaded) and torch.equal(loaded[0]["4.0.conv1.weight"], resnet.layer1[0].conv1.weight)
+
+
+def test_classifier_is_not_taken_for_a_backbone(main_args: list[str], save_dir: Path) -> None:
+    run(main, [*main_args, *MODEL, "--epochs", "1"])
+    for name in ("saved_model.tar", "last.tar"):
+        message = fails(main, [*main_args, *MODEL, "--overwrite", "--backbone", str(save_dir / name)])
+        assert message.startswith(f"error: --backbone {save_dir / name} is a classifier of main.py: ")
+        assert "pt_glimpse_model.tar of pretrain.py" in message
+
+
+def test_fewer_epochs_than_are_done(
+    training: tuple[ModuleType, list[str], Path], capsys: pytest.CaptureFixture
+) -> None:
+    """Change nothing, and are said in one line."""
+    script, argv, folder = training
+    run(script, [*argv, "--epochs", "2"])
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for epochs in ("0", "1", "2"):
+        capsys.readouterr()
+        run(script, [*argv, "--resume_training", "--epochs", epochs])
+        lines = capsys.readouterr().out.splitlines()
+        [line] = [line for line in lines if "raise --epochs" in line]
+        assert re.match(r"2 epochs\b.* done", line) and not any(line.startswith("epoch ") for line in lines)
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_failed_saving_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.tar"
     utils.save_checkpoint(path, {"epoch": 0})
@@ -996,8 +1064,8 @@ def test_lack_of_memory_ends_with_one_line(main_args: list[str]) -> None:
         message = fails(main, [*main_args, "--rnn_hidden", "1000000000"])
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (largest, hard))
-    assert "memory" in message and "--rnn_hidden" in message
-    assert "GPU" not in message and "pt_glimpse_model.tar" not in message and "network" not in message
+    assert message.startswith("error: out of memory: ") and "a smaller network" in message
+    assert "GPU" not in message and "pt_glimpse_model.tar" not in message and "fit" not in message
 
 
 def test_interrupted_imports_leave_no_traceback(tmp_path: Path) -> None:

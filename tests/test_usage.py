@@ -1,11 +1,8 @@
-"""What users ask for: their own images, tables of predictions, progress that can be watched, useful help."""
+"""What users ask for: predictions in tables, progress that can be watched, useful help."""
 
 import ast
-import builtins
-import locale
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,201 +10,19 @@ from dataclasses import Field, fields
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
-from conftest import ARCH, BACKBONE, SMALL, draw_image, fails, fit, read_log, run, save_backbone, without_seconds
-from PIL import Image
+from conftest import ARCH, BACKBONE, SMALL, fails, fit, read_log, run, save_backbone, without_seconds
 
-import dataset
 import main
 import pretrain
 import utils
-from dataset import ImageList, read_list
 from model import Rollout
 
 CLASSIFIER = ["--rnn_hidden", "8", "--k", "1", "--start_size", "4", "--n_glimpses", "2"]
 
 
-def draw_folder(folder: Path, n_images: int, suffix: str = "jpg") -> None:
-    folder.mkdir(parents=True)
-    for i in range(n_images):
-        draw_image(np.random.default_rng(i), 40, 36).save(folder / f"{i}.{suffix}")
-
-
-@pytest.fixture
-def own_data(tmp_path: Path) -> Path:
-    """train/<class> and test/<class>, as people have them: numbered names, other formats, a folder in a folder."""
-    data_dir = tmp_path / "own"
-    for name, suffix in (("001.Red_cat", "png"), ("002.Blue_cat", "JPG"), ("010.Cow", "webp")):
-        draw_folder(data_dir / "train" / name, 4, suffix)
-        draw_folder(data_dir / "test" / name, 2, suffix)
-    draw_folder(data_dir / "train" / "010.Cow" / "2019", 2)
-    (data_dir / "train" / "010.Cow" / "._0.webp").write_text("of a file system")
-    (data_dir / "train" / "010.Cow" / "notes.txt").write_text("no image")
-    return data_dir
-
-
-# --- own data
-
-
-def test_folders_of_classes(own_data: Path) -> None:
-    train, test = (read_list(own_data, split) for split in ("train", "test"))
-    assert train.class_names == test.class_names == ["Red cat", "Blue cat", "Cow"]
-    assert [train.labels.count(label) for label in range(3)] == [4, 4, 6] and test.labels == [0, 0, 1, 1, 2, 2]
-    for images, folder in ((train, "train"), (test, "test")):
-        for file, label in zip(images.files, images.labels):
-            assert file.is_file() and file.relative_to(own_data).parts[:2] == (
-                folder,
-                ("001.Red_cat", "002.Blue_cat", "010.Cow")[label],
-            )
-
-
-def test_test_folder_may_lack_a_class_but_not_add_one(own_data: Path) -> None:
-    shutil.rmtree(own_data / "test" / "002.Blue_cat")
-    test = read_list(own_data, "test")
-    assert test.class_names == ["Red cat", "Blue cat", "Cow"] and test.labels == [0, 0, 2, 2]
-    draw_folder(own_data / "test" / "Dog", 1)
-    with pytest.raises(utils.UserError, match=r"test has a class Dog that .*train lacks"):
-        read_list(own_data, "test")
-
-
-def test_images_without_a_test_set_are_split(own_data: Path, tmp_path: Path) -> None:
-    data_dir = tmp_path / "split"
-    for name, n_images in (("cat", 10), ("dog", 20)):
-        draw_folder(data_dir / "Images" / name, n_images)
-    train, test = (read_list(data_dir, split) for split in ("train", "test"))
-    assert (train, test) == tuple(read_list(data_dir, split) for split in ("train", "test"))
-    assert [test.labels.count(label) for label in (0, 1)] == [2, 4] and len(train.files) == 24
-    assert not set(train.files) & set(test.files) and "20% of each class" in train.split_rule
-
-
-def test_folders_without_images_are_named(own_data: Path, tmp_path: Path) -> None:
-    (own_data / "train" / "empty").mkdir()
-    with pytest.raises(utils.UserError, match="classes empty"):
-        read_list(own_data, "train")
-    shutil.rmtree(own_data / "test")
-    with pytest.raises(utils.UserError, match=r"own/test \(No such file"):
-        read_list(own_data, "test")
-    (tmp_path / "flat" / "Images").mkdir(parents=True)
-    draw_image(np.random.default_rng(0), 9, 9).save(tmp_path / "flat" / "Images" / "a.jpg")
-    with pytest.raises(utils.UserError, match="flat/Images"):
-        read_list(tmp_path / "flat", "train")
-    draw_folder(tmp_path / "one" / "Images" / "cat", 1)
-    with pytest.raises(utils.UserError, match="class cat has 1 image: .* it needs at least two"):
-        read_list(tmp_path / "one", "train")
-
-
-def test_names_that_would_become_equal_are_not_shortened() -> None:
-    assert dataset.display_names(["n02085620-Chihuahua", "n02-toy_terrier"]) == ["Chihuahua", "toy terrier"]
-    assert dataset.display_names(["1.cat", "2.cat"]) == ["1.cat", "2.cat"]
-    assert dataset.display_names(["1.", "2.cat"]) == ["1.", "2.cat"]
-
-
-def test_both_scripts_on_own_images(own_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """From pre-training to prediction; what is printed fits a terminal of 80 columns, paths aside."""
-    out, imgs = tmp_path / "out", tmp_path / "imgs"
-    shared = ["--data_dir", str(own_data), "--save_dir", str(out), "--imgs_dir", str(imgs), *SMALL]
-    run(pretrain, [*shared[:4], *SMALL, *BACKBONE, "--epochs", "1"])
-    run(main, [*shared, *CLASSIFIER, "--epochs", "2"])
-    printed = capsys.readouterr().out
-    following = (
-        f"next: python main.py --data_dir {own_data} --save_dir {out} --valid_size 0.3 --epochs 1 --batch_size 4"
-    )
-    assert following in printed.splitlines()
-    lines = [line for line in printed.replace(str(tmp_path), "").splitlines() if not line.startswith("next: ")]
-    assert max(map(len, lines)) < 90 and "\r" not in printed
-    printed = re.sub(r"\s+", " ", printed)  # it is wrapped
-    assert printed.count("3 classes: Red cat, Blue cat, Cow") == 2
-    assert printed.count("10 training images and 4 validation images") == 2
-    assert printed.count(f"as in {own_data}/train and") == 2
-    run(main, [*shared, "--task=test", "--n_trajectories", "2"])
-    rows = read_log(out / "per_class_learned.csv")
-    assert list(rows[0]) == ["class", "images", "deterministic", "sampled_trajectory", "average_of_2"]
-    assert [(row["class"], row["images"]) for row in rows] == [("Red cat", "2"), ("Blue cat", "2"), ("Cow", "2")]
-    predictions = read_log(out / "predictions_learned.csv")
-    for estimate in ("deterministic", "average of 2"):
-        mine = [row for row in predictions if row["estimate"] == estimate]
-        assert [own_data / row["file"] for row in mine] == read_list(own_data, "test").files
-        for row in rows:
-            correct = [p["predicted_class"] == row["class"] for p in mine if p["true_class"] == row["class"]]
-            assert float(row[estimate.replace(" ", "_")]) == pytest.approx(sum(correct) / len(correct), abs=1e-4)
-
-    draw_folder(tmp_path / "photos", 2, "png")
-    (tmp_path / "photos" / "thumbs.db").write_text("no image")
-    photo = tmp_path / "a photo.jpg"
-    draw_image(np.random.default_rng(0), 300, 400).save(photo)
-    (tmp_path / "empty").mkdir()
-    capsys.readouterr()
-    run(main, [*shared[2:6], "--task=predict", "--images", str(photo), str(tmp_path / "photos")])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" (drawn")[0] for line in lines if "drawn" in line] == [
-        str(photo),
-        *(str(tmp_path / "photos" / f"{i}.png") for i in (0, 1)),
-    ]
-    assert len(list(imgs.glob("predict_*.jpg"))) == 3
-    (tmp_path / "notes.txt").write_text("no image")
-    for path, reason in ((tmp_path / "empty", "no image in that folder"), (tmp_path / "notes.txt", "not an image")):
-        argv = [*shared, "--task=predict", "--imgs_dir", str(tmp_path / "nothing"), "--images", str(path)]
-        assert reason in fails(main, argv)
-    assert not (tmp_path / "nothing").exists()
-
-
-def test_tables_are_utf8_whatever_the_locale(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The names of folders and the tables that hold them, where Python's default encoding cannot express them."""
-    data_dir, out = tmp_path / "own", tmp_path / "out"
-    for split, n_images in (("train", 2), ("test", 1)):
-        for name in ("柴犬", "Größe"):
-            draw_folder(data_dir / split / name, n_images)
-    out.mkdir()
-    save_backbone(out / "pt_glimpse_model.tar")
-    images = read_list(data_dir, "test")
-    rows = ["file,left,top,right,bottom\n", *(f"{'/'.join(file.parts[-2:])},0,0,1,1\n" for file in images.files)]
-    (data_dir / "lists").mkdir()
-    (data_dir / "lists" / "dogs.csv").write_text("".join(rows), encoding="utf-8")
-    before = locale.setlocale(locale.LC_CTYPE)
-    locale.setlocale(locale.LC_CTYPE, "C")
-    try:
-        if sys.flags.utf8_mode:
-            pytest.skip("Python uses UTF-8 in every locale here")
-        shared = ["--data_dir", str(data_dir), "--save_dir", str(out), *SMALL]
-        run(main, [*shared, *CLASSIFIER, "--epochs", "1"])
-        run(main, [*shared, "--task=test"])
-    finally:
-        locale.setlocale(locale.LC_CTYPE, before)
-    assert "2 classes: Größe, 柴犬" in capsys.readouterr().out
-    assert {row["true_class"] for row in read_log(out / "predictions_learned.csv")} == {"Größe", "柴犬"}
-    assert {row["class"] for row in read_log(out / "per_class_learned.csv")} == {"Größe", "柴犬"}
-
-
-def test_names_that_are_no_text_are_written_as_they_are(tmp_path: Path) -> None:
-    """Python reads names of folders that it cannot decode, as all that are not ASCII under LC_ALL=C, as surrogates."""
-    utils.write_table(tmp_path / "a.csv", ["class"], [["柴犬".encode().decode("ascii", "surrogateescape")]])
-    assert (tmp_path / "a.csv").read_text(encoding="utf-8").split() == ["class", "柴犬"]
-
-
-def test_images_of_phones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """200 megapixels are read, which Pillow would refuse; for HEIC the package that reads it is named."""
-    Image.new("L", (16384, 12288), 100).save(tmp_path / "large.jpg")
-    assert min(dataset.read_image(tmp_path / "large.jpg", 384).size) == 12288 // 8
-    path = tmp_path / "photo.HEIC"
-    path.write_bytes(b"")
-    real = builtins.__import__
-
-    def missing(name: str, *rest: object) -> object:
-        if name == "pillow_heif":
-            raise ImportError(name)
-        return real(name, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(utils.UserError, match="pip install pillow-heif"):
-        patch.setattr(builtins, "__import__", missing)
-        dataset.read_image(path, 32)
-    heif = pytest.importorskip("pillow_heif")
-    heif.register_heif_opener()
-    image = draw_image(np.random.default_rng(0), 320, 240)
-    image.save(path, quality=95)
-    error = np.abs(np.asarray(dataset.read_image(path, 32)).astype(int) - np.asarray(image)).mean()
-    assert error < 4
+# --- output
 
 
 def test_closed_output_ends_the_run_quietly(tmp_path: Path) -> None:
@@ -285,7 +100,7 @@ def test_tensorboard_shows_the_metrics_and_the_same_images(
             wanted = {"reward/train", "expected_reward/train", "lr/attention"}
             wanted |= {f"distance_from_center/{part}" for part in ("train", "valid")}
             assert wanted <= columns.keys()
-            assert set(board.Tags()["images"]) == {f"validation/{i}" for i in range(4)}  # all that there are
+            assert set(board.Tags()["images"]) == {f"validation/{i}" for i in range(5)}  # all that there are
             assert [image.step for image in board.Images("validation/0")] == [1, 2]
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
@@ -306,11 +121,13 @@ def test_progress_is_printed_where_there_is_no_terminal(
     printed = capsys.readouterr()
     lines = [line for line in printed.out.splitlines() if ": step " in line]
     rest = r"\d+\.\d images/s, (\d\d:\d\d) left"
-    titles = [rf"epoch 1/1: step {i} of 3, loss \d+\.\d{{3}}" for i in (1, 2, 3)] + ["validation: step 1 of 1"]
+    titles = [rf"epoch 1/1: step {i} of 3, loss \d+\.\d{{3}}" for i in (1, 2, 3)]
+    titles += [f"validation: step {i} of 2" for i in (1, 2)]
     left = [re.fullmatch(f"{title}, {rest}", line)[1] for title, line in zip(titles, lines, strict=True)]
-    assert left[2:] == ["00:00", "00:00"] and not printed.err
+    assert left[2] == left[4] == "00:00" and not printed.err
     run(main, [*fit(main, [*shared[:-3], "--task=test"]), "--n_trajectories", "1"])
-    assert "test: step 2 of 2, " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "checking images: step 1 of 1, " in printed and "test: step 2 of 2, " in printed
 
 
 # --- words
@@ -370,7 +187,8 @@ def test_flags_without_effect_are_refused(script: ModuleType, task: str, capsys:
         "n_samples": {"view_glimpses"},
         "data_dir": {"train", "test", "probe", "view_glimpses"},
         "valid_size": {"train", "probe"},
-        "batch_size": {"train", "test", "probe"},
+        "batch_size": {"train", "test", "probe", "view_glimpses", "predict"},
+        "skip_bad_images": {"train", "test", "probe"},
         "num_workers": {"train", "test", "probe"},
     }.items():
         if name in script.Settings.__dataclass_fields__:
@@ -445,13 +263,14 @@ def test_a_run_is_described_in_a_few_short_lines(tmp_path: Path) -> None:
     names = [f"class {i}" for i in range(120)]
     assert utils.describe_classes(names) == "120 classes: class 0, class 1, class 2, ..., class 119"
     assert utils.describe_classes(["cat"]) == "1 class: cat"
-    images = ImageList([Path("a")] * 1201, [0] * 1201, names, "as in a/lists")
     settings = main.Settings(save_dir=tmp_path / "a", lr=0.25)
     machine = utils.Machine(torch.device("cpu"), [], "fp32", 0, 2)
-    training = utils.Run(settings, machine, main.FILES, None, data=dataset.describe_data(images, images))
-    text = training.describe(torch.nn.Linear(1000, 1000), images.split_rule)
+    data = {"class_names": names, "training_images": 1201, "validation_images": 1}
+    training = utils.Run(settings, machine, main.FILES, None)
+    training.describe_origin(data=data)
+    text = training.describe(torch.nn.Linear(1000, 1000), "as in a/lists")
     assert max(map(len, text.replace(str(tmp_path), "").splitlines())) < 80
     text = re.sub(r"\s+", " ", text)  # it is wrapped
-    assert "1,201 training images and 1,201 validation images of 120 classes" in text and "as in a/lists" in text
+    assert "1,201 training images and 1 validation image of 120 classes" in text and "as in a/lists" in text
     assert "1.0 M parameters, 1.0 M of them trained" in text and "2 processes, fp32" in text
     assert "saved_model.tar (best)" in text and " lr=0.25 " in text and "n_trajectories" not in text
