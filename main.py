@@ -18,7 +18,6 @@ if __name__ == "__main__":  # Ctrl-C ends the script quietly while PyTorch is im
 
 import dataclasses
 import hashlib
-import math
 import os
 import random
 import re
@@ -45,7 +44,6 @@ from utils import Machine, UserError, file_setting, network_setting, setting, tr
 
 FILES = ("saved_model.tar", "last.tar", "log.csv")
 BACKBONE_OF_2018 = {"arch": "resnet50", "patch_size": 96}  # its file holds only the weights
-LR_SCHEDULES = ("constant", "cosine")
 N_CONFUSED = 10  # pairs of classes that test names
 N_ON_SHEET = 40  # images on the contact sheet
 N_WATCHED = 8  # validation images that TensorBoard shows after every epoch
@@ -68,7 +66,6 @@ class Settings(utils.SharedSettings):
     )
     imgs_dir: Path = file_setting(Path("imgs"), "folder for drawings", tasks="view_glimpses predict", stored=False)
     seed: int = utils.seed_setting()
-    lr_schedule: str = training_setting("cosine", "schedule of the learning rates", one_of=LR_SCHEDULES)
     attention_lr: float = training_setting(1e-4, "learning rate of the attention after the first glimpse", above=0)
     supervision: str = training_setting(
         "each", "train and reward every prediction or only the last", fixed="always", one_of=SUPERVISIONS
@@ -84,11 +81,6 @@ class Settings(utils.SharedSettings):
 
 
 # --- training
-
-
-def learning_rate(lr: float, schedule: str, epoch: int, epochs: int) -> float:
-    """The rate of an epoch (from 0): always lr, or falling from lr to nearly 0 along half a cosine."""
-    return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2 if schedule == "cosine" else lr
 
 
 def training_noise(n_images: int, n_glimpses: int, seed: int, epoch: int, machine: Machine) -> Tensor:
@@ -240,17 +232,6 @@ def build_model(
     return RecurrentAttention(backbone=net, n_classes=n_classes, patch_size=backbone["patch_size"], **keywords)
 
 
-def warn_of_new_schedule(settings: Settings, last: dict[str, Any], machine: Machine) -> None:
-    """Say how the learning rate changes if a run is resumed with another number of epochs or another schedule."""
-    before, epoch = {**vars(settings), **last["settings"]}, last["epoch"]
-    changed = (settings.lr_schedule, settings.epochs) != (before["lr_schedule"], before["epochs"])
-    if changed and "cosine" in (settings.lr_schedule, before["lr_schedule"]) and epoch + 1 < settings.epochs:
-        was = learning_rate(before["lr"], before["lr_schedule"], epoch, before["epochs"])
-        now = learning_rate(settings.lr, settings.lr_schedule, epoch + 1, settings.epochs)
-        schedule = f"{settings.lr_schedule} schedule over {settings.epochs} epochs, not {before['epochs']}"
-        machine.print(f"note: {schedule}: the learning rate goes from {was:.2g} to {now:.2g}")
-
-
 def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> None:
     """Train on a frozen backbone and keep the classifier at its best, the epoch with the lowest NLL on validation."""
     run = utils.Run(settings, machine, FILES, last)
@@ -273,12 +254,12 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     valid_noise = single_noise(len(valid_list.files), settings)
     with run.training(model, train_list.split_rule, {"model_dict": model}) as epochs:
         if last:
-            warn_of_new_schedule(settings, last, machine)
+            utils.warn_of_new_schedule(settings, last, machine)
         for epoch in epochs:
             start, title = time.perf_counter(), f"epoch {epoch + 1}/{settings.epochs}"
             train_loader.sampler.epoch = epoch
             for group, lr in zip(optimizer.param_groups, (settings.lr, settings.attention_lr)):
-                group["lr"] = learning_rate(lr, settings.lr_schedule, epoch, settings.epochs)
+                group["lr"] = utils.learning_rate(lr, settings.lr_schedule, epoch, settings.epochs)
             lr, attention_lr = (group["lr"] for group in optimizer.param_groups)
             noise = training_noise(len(train_list.files), n_glimpses, seed, epoch, machine)
             means = train_one_epoch(net, train_loader, noise, settings, optimizer, machine, title)

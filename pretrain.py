@@ -35,6 +35,7 @@ from model import ARCHITECTURES, HEADS, PretrainNetwork, build_backbone, load_re
 from utils import Machine, UserError, network_setting, setting
 
 FILES = ("pt_glimpse_model.tar", "pt_last.tar", "pt_log.csv")
+KEPT = ("data_dir", "save_dir", "valid_size", "epochs", "batch_size", "lr", "lr_schedule", "seed")  # for main.py
 PROBE_WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
@@ -135,26 +136,27 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     model.to(machine.device, memory_format=torch.channels_last)
     optimizer = utils.make_optimizer(model.parameters())
     run.restore(model, optimizer)
-    for group in optimizer.param_groups:
-        group["lr"] = settings.lr
     net = utils.wrap(model, machine)
     best = {"model_dict": model.backbone, "heads": model.heads}
     with run.training(model, train_list.split_rule, best) as epochs:
+        if last:
+            utils.warn_of_new_schedule(settings, last, machine)
         for epoch in epochs:
             start, title = time.perf_counter(), f"epoch {epoch + 1}/{settings.epochs}"
             train_loader.sampler.epoch = epoch
+            lr = utils.learning_rate(settings.lr, settings.lr_schedule, epoch, settings.epochs)
+            optimizer.param_groups[0]["lr"] = lr
             means = train_one_epoch(net, train_loader, optimizer, machine, title)
             valid = evaluate(net, valid_loader, machine, "validation")
             seconds = time.perf_counter() - start
-            figures = {"train": means, "valid": valid, "lr": settings.lr, "seconds": seconds}
+            figures = {"train": means, "valid": valid, "lr": lr, "seconds": seconds}
             is_best = run.save(epoch, valid["nll"], model, optimizer, **figures)
             heads = ", ".join(f"{name} {valid['accuracy_' + name]:.2f}" for name in HEADS)
             machine.print(
                 f"{title}: loss {means['loss']:.3f}; valid {heads}, NLL {valid['nll']:.3f}"
                 f"{' (best)' if is_best else ''}; {seconds:.0f} s"
             )
-    keep = ["data_dir", "save_dir", "valid_size", "batch_size", "lr", "seed", *["epochs"][: settings.epochs]]
-    machine.print(utils.next_command(settings, "main.py", keep=keep))
+    machine.print(utils.next_command(settings, "main.py", keep=KEPT))
 
 
 def test(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> None:

@@ -155,6 +155,7 @@ class SharedSettings:
         at_least=1,
     )
     lr: float = training_setting(1e-4, "learning rate of Adam", above=0)
+    lr_schedule: str = training_setting("cosine", "learning-rate schedule", one_of=("constant", "cosine"))
     resume_training: bool = training_setting(False, "continue after the last saved epoch", stored=False)
     overwrite: bool = training_setting(False, "replace an earlier run in --save_dir", stored=False)
     tensorboard: bool = training_setting(False, "also log for TensorBoard (pip install tensorboard)", stored=False)
@@ -273,8 +274,9 @@ def read_settings(
 def next_command(settings: Any, script: str, *words: str, keep: Iterable[str] = ("data_dir", "save_dir")) -> str:
     """The command to run next, with those settings of `keep` that differ from the defaults."""
     for field in dataclasses.fields(settings):
-        if field.name in keep and getattr(settings, field.name) != field.default:
-            words += (f"--{field.name}", str(getattr(settings, field.name)))
+        value = getattr(settings, field.name)
+        if field.name in keep and value and value != field.default:  # not the 0 epochs of an untrained network
+            words += (f"--{field.name}", str(value))
     return "next: " + shlex.join(["python", script, *words])
 
 
@@ -396,6 +398,22 @@ def wrap(model: nn.Module, machine: Machine) -> nn.Module:
 def make_optimizer(*groups: Iterable[nn.Parameter]) -> Optimizer:
     """Adam as in 2018, in one kernel for all parameters. The caller sets the learning rate of each group."""
     return torch.optim.Adam([{"params": parameters} for parameters in groups], betas=(0.5, 0.999), fused=True)
+
+
+def learning_rate(lr: float, schedule: str, epoch: int, epochs: int) -> float:
+    """The rate of an epoch (from 0): always lr, or falling from lr to nearly 0 along half a cosine."""
+    return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2 if schedule == "cosine" else lr
+
+
+def warn_of_new_schedule(settings: SharedSettings, last: dict[str, Any], machine: Machine) -> None:
+    """Say how the learning rate changes if a run is resumed with another number of epochs or another schedule."""
+    before, epoch = {**vars(settings), **last["settings"]}, last["epoch"]
+    changed = (settings.lr_schedule, settings.epochs) != (before["lr_schedule"], before["epochs"])
+    if changed and "cosine" in (settings.lr_schedule, before["lr_schedule"]) and epoch + 1 < settings.epochs:
+        was = learning_rate(before["lr"], before["lr_schedule"], epoch, before["epochs"])
+        now = learning_rate(settings.lr, settings.lr_schedule, epoch + 1, settings.epochs)
+        schedule = f"{settings.lr_schedule} schedule over {settings.epochs} epochs, not {before['epochs']}"
+        machine.print(f"note: {schedule}: the learning rate goes from {was:.2g} to {now:.2g}")
 
 
 def for_evaluation(net: nn.Module) -> nn.Module:
