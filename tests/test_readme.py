@@ -94,7 +94,7 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         else:
             run_as_written(words[0], words[1:])
             n_run += 1
-    drawings = sorted(re.sub(r"_[0-9a-f]{6}\.", ".", path.name) for path in Path("imgs").iterdir())
+    drawings = sorted(re.sub(r"_[0-9a-f]{8}\.", ".", path.name) for path in Path("imgs").iterdir())
     predicted = [f"predict_{name}.jpg" for name in ("another.png", "photo.jpg", "third.webp")]
     assert drawings == ["contact_sheet.jpg", "glimpse_0.jpg", "glimpse_1.jpg", *predicted, "predictions.csv"]
     assert n_run >= 10
