@@ -252,11 +252,12 @@ def test_validation_images_are_central_crops_in_order(make_data) -> None:
         return torch.cat([canvas for canvas, *_ in loader])
 
     canvas = read_shard(0, 1)
-    assert len(canvas) == len(valid.files) == 8
+    assert len(canvas) == len(valid.files) == 6
     expected = [dataset.crop_to_canvas(dataset.read_image(file, 32), 32) for file in valid.files]
     assert torch.equal(canvas, torch.stack(expected))
     shards = [read_shard(rank, 3) for rank in range(3)]
-    assert [len(shard) for shard in shards] == [3, 3, 2] and torch.equal(shards[1], canvas[1::3])
+    assert [len(shard) for shard in shards] == [2, 2, 2] and torch.equal(shards[1], canvas[1::3])
+    assert [len(read_shard(rank, 4)) for rank in range(4)] == [2, 2, 1, 1]
     with pytest.raises(UserError, match="more processes than images"):
         read_shard(8, 9)
 
@@ -268,7 +269,9 @@ def test_data_are_described_by_classes_numbers_and_fingerprints(make_data, tmp_p
     checking = {"machine": CPU, "num_workers": 0, "skip_bad": False}
 
     def describe(folder: Path) -> tuple[ImageList, dict[str, torch.Tensor], dict[str, object]]:
-        train, _, data = dataset.read_training_data(folder, 0.3, **checking, memory=tmp_path / "checked.tar")
+        train, valid, data = dataset.read_training_data(folder, 0.3, **checking, memory=tmp_path / "checked.tar")
+        labels = {part: values.tolist() for part, values in data.pop("labels").items()}
+        assert labels == {"training": train.labels, "validation": valid.labels}
         return train, data.pop("fingerprints"), data
 
     train, prints, data = describe(data_dir)
