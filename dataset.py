@@ -440,7 +440,8 @@ def check_images(
     together = ImageList([file for images in lists for file in images.files], [], [])
     if len(together.files) < machine.world_size:
         raise UserError(f"there are more processes than images ({len(together.files)})")
-    values = read_all(together, machine, num_workers, memory)
+    known, key = remembered(memory), digest_of(together.files)
+    values = read_all(together, machine, num_workers, known.get(key))
     bad = values[:, 1].nonzero().flatten().tolist()
     if bad:
         counted = f"{len(bad)} of {len(together.files)} images cannot be used"
@@ -450,21 +451,24 @@ def check_images(
         machine.print(f"{counted} and are left out: {named}")
     if machine.rank == 0:
         utils.prepare_folder(memory.parent)
-        utils.save_checkpoint(memory, {**remembered(memory), digest_of(together.files): values})
+        if values is not known.get(key):
+            utils.save_checkpoint(memory, {**known, key: values})
     parts = values.split([len(images.files) for images in lists])
     kept = [(part[:, 1] == 0).nonzero().flatten() for part in parts]
     return [(images.subset(good.tolist()), part[good, 0]) for images, part, good in zip(lists, parts, kept)]
 
 
-def read_all(images: ImageList, machine: Machine, num_workers: int, memory: Path) -> Tensor:
-    """Fingerprint of each image, and whether it is bad, int64 [N, 2]; bad ones are read even if they are remembered."""
-    found = machine.of_first(remembered(memory).get(digest_of(images.files)))
+def read_all(images: ImageList, machine: Machine, num_workers: int, known: Any) -> Tensor:
+    """Fingerprint of each image, and whether it is bad, int64 [N, 2]; if known, only bad ones are read again."""
+    found = machine.of_first(known)
     if not isinstance(found, Tensor) or found.shape != (len(images.files), 2):
         shard = range(machine.rank, len(images.files), machine.world_size)
         loader = DataLoader(ImageCheck(images), batch_size=16, sampler=shard, num_workers=num_workers)
         [found] = utils.collect(lambda items, _: (items,), loader, machine, "checking images")
         return found
-    for i in found[:, 1].nonzero().flatten().tolist():
+    bad = found[:, 1].nonzero().flatten().tolist()
+    found = found.clone() if bad else found
+    for i in bad:
         found[i] = ImageCheck(images)[i][0]
     return found
 
