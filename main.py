@@ -552,7 +552,7 @@ def main(argv: list[str] | None = None) -> None:
         patch_scales(settings.k, settings.start_size)
     except ValueError as error:
         raise UserError(f"--k and --start_size: {error}") from None
-    machine = utils.set_up_machine(settings.device, settings.gpus, settings.precision)
+    machine = utils.set_up_machine(settings.device, settings.gpus, settings.precision, settings.compile)
     if machine.world_size > 1 and settings.task in ("view_glimpses", "predict"):
         raise UserError(f"--task={settings.task} runs in one process: start it without torchrun")
     tasks = {"train": train, "test": test, "view_glimpses": view_glimpses, "predict": predict}

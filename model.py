@@ -32,7 +32,8 @@ class Backbone(nn.Sequential):
         device = patches.device.type
         float32 = patches.dtype == torch.float32 and not torch.is_autocast_enabled(device)
         has_backward = self.training or not torch.is_grad_enabled()  # oneDNN's eval-mode BatchNorm has no backward
-        if device == "cpu" and float32 and has_backward and torch.backends.mkldnn.is_available():
+        compiled = torch.compiler.is_compiling()
+        if device == "cpu" and float32 and has_backward and not compiled and torch.backends.mkldnn.is_available():
             return super().forward(patches.to_mkldnn()).to_dense()
         return super().forward(patches)
 

@@ -136,6 +136,8 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     model.to(machine.device, memory_format=torch.channels_last)
     optimizer = utils.make_optimizer(model.parameters())
     run.restore(model, optimizer)
+    if machine.compiles:
+        model.backbone.compile()
     net = utils.wrap(model, machine)
     best = {"model_dict": model.backbone, "heads": model.heads}
     with run.training(model, train_list.split_rule, best) as epochs:
@@ -253,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     given = utils.parse_flags(Settings, __doc__, argv)
     hint = "make it with `python pretrain.py`, or give its --save_dir"
     settings, checkpoint = utils.read_settings(Settings, given, FILES, hint)
-    machine = utils.set_up_machine(settings.device, settings.gpus, settings.precision)
+    machine = utils.set_up_machine(settings.device, settings.gpus, settings.precision, settings.compile)
     {"train": train, "test": test, "probe": probe}[settings.task](settings, machine, checkpoint)
 
 
