@@ -246,6 +246,7 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     model.to(machine.device, memory_format=torch.channels_last)
     optimizer = utils.make_optimizer(*model.parameter_groups())
     run.restore(model, optimizer)
+    model.glimpse.speed_up(machine.dtype, compiles=machine.compiles)
     net = utils.wrap(model, machine)
     loading = machine.loading(settings.batch_size, settings.num_workers) | {"canvas_size": model.glimpse.canvas_size}
     train_loader = dataset.make_training_loader(train_list, seed=settings.seed, **loading)
@@ -287,7 +288,9 @@ def load_classifier(settings: Settings, checkpoint: dict[str, Any], machine: Mac
     path = settings.save_dir / FILES[0]
     model = build_model(settings, checkpoint["backbone"], len(checkpoint["data"]["class_names"]), path)
     utils.load_state(model.load_state_dict, checkpoint["model_dict"], path)
-    return model.to(machine.device, memory_format=torch.channels_last).eval()
+    model.to(machine.device, memory_format=torch.channels_last).eval()
+    model.glimpse.speed_up(machine.dtype, compiles=machine.compiles)
+    return model
 
 
 def estimates(values: Tensor, policy: str) -> dict[str, Tensor]:

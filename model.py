@@ -121,6 +121,33 @@ class GlimpseNetwork(nn.Module):
         self.patch_size = patch_size
         self.scales = scales
         self.canvas_size = canvas_size(patch_size, scales[0])
+        self.compiled = False
+
+    def speed_up(self, dtype: torch.dtype, *, compiles: bool) -> None:
+        """Compute the features in this type and, if wanted, compiled. To be called once, after weights are loaded.
+
+        Autocast alone would cast the frozen weights anew in every pass. The state dict keeps the float32 weights.
+        """
+        exact = {name: weight.cpu() for name, weight in self.backbone.state_dict().items()}
+        self.backbone.to(dtype)
+        self.backbone.register_state_dict_post_hook(
+            lambda _, state, prefix, __: state.update({prefix + name: weight for name, weight in exact.items()})
+        )
+        self.compiled = compiles
+        if compiles:
+            self.backbone.compile()
+
+    def features(self, patches: Tensor) -> Tensor:
+        """Patches [N, 3, P, P] in [0, 1] -> features [N, D, P/16, P/16] of the frozen backbone."""
+        patches = normalize(patches).contiguous(memory_format=torch.channels_last)
+        if not self.compiled:
+            return self.backbone(patches)
+        from torch._inductor import config  # takes seconds to import
+
+        torch._dynamo.mark_dynamic(patches, 0)  # so that it is compiled once for all N
+        # Frozen weights are packed for the matrix units of the CPU, and each ReLU is fused with its convolution.
+        with config.patch(freezing=patches.device.type == "cpu"):
+            return self.backbone(patches)
 
     @torch.no_grad()
     def context(self, pyramid: dict[int, Tensor]) -> Tensor:
@@ -128,14 +155,14 @@ class GlimpseNetwork(nn.Module):
         level = pyramid[FULL_SCALE]
         center = torch.zeros(len(level), 1, 2, device=level.device)
         image = extract_patches(pyramid, center, (FULL_SCALE,), self.patch_size)  # [B, 1, 1, 3, P, P]
-        return F.adaptive_avg_pool2d(self.backbone(normalize(image.flatten(0, 2))), 2).float()
+        return F.adaptive_avg_pool2d(self.features(image.flatten(0, 2)), 2).float()
 
     @torch.no_grad()
     def forward(self, pyramid: dict[int, Tensor], location: Tensor) -> Tensor:
         """Features of the glimpses at location [B, M, 2], concatenated over patches, finest first: [B, M, k D]."""
         patches = extract_patches(pyramid, location, self.scales, self.patch_size)  # [B, M, k, 3, P, P]
         chunks = patches.flatten(0, 2).split(PATCHES_PER_PASS)
-        features = torch.cat([self.backbone(normalize(chunk)).mean((2, 3)).float() for chunk in chunks])  # [B M k, D]
+        features = torch.cat([self.features(chunk).mean((2, 3)).float() for chunk in chunks])  # [B M k, D]
         return features.view(*location.shape[:2], -1)
 
 

@@ -45,6 +45,17 @@ class OutputClosed(Exception):
     """Standard output is a pipe whose reader has gone, such as `head`."""
 
 
+def explain(error: RuntimeError | MemoryError) -> str:
+    """Why PyTorch failed and what to do, where the user can do something about it; else empty."""
+    if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
+        return f"--compile does not work here ({str(error).strip().splitlines()[0][:160]}): leave it out"
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)  # PyTorch has a type for GPU memory only
+    if not known and "can't allocate memory" not in str(error) and "by signal: Killed" not in str(error):
+        return ""
+    where = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
+    return f"out of {where}memory: choose a smaller batch, a smaller network or fewer trajectories"
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script, and end it with one line where it fails for a reason that the user can understand.
 
@@ -73,12 +84,10 @@ def run(main: Callable[[], None]) -> None:
     except OutputClosed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it flushes
         sys.exit(128 + signal.SIGPIPE)
-    except (RuntimeError, MemoryError) as error:  # PyTorch has a type of its own for GPU memory only
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and "can't allocate memory" not in str(error) and "by signal: Killed" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not (reason := explain(error)):
             raise
-        where = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
-        sys.exit(f"error: out of {where}memory: choose a smaller batch, a smaller network or fewer trajectories")
+        sys.exit(f"error: {reason}")
     except KeyboardInterrupt as stop:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not disturb the ending
@@ -297,6 +306,11 @@ class Machine(NamedTuple):
     world_size: int
     compiles: bool = False  # the backbone
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which networks compute."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
     def loading(self, batch_size: int, num_workers: int) -> dict[str, Any]:
         """Loader keywords of this process. Raises UserError if the batch cannot be divided evenly."""
         if batch_size % self.world_size:
@@ -352,11 +366,11 @@ def choose_gpus(wanted: str, n_gpus: int, local_rank: int | None) -> list[int]:
 def refuse_to_compile(gpus: list[int]) -> None:
     """Raise UserError where this process cannot compile a network."""
     if len(gpus) > 1:
-        instead = f"start a process for each with `torchrun --nproc_per_node {len(gpus)} ...`, or choose one with --gpus"
-        raise UserError(f"--compile does not go with several GPUs in one process: {instead}")
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as PyTorch chooses
+        command = shlex.join(["torchrun", f"--nproc_per_node={len(gpus)}", *sys.argv])
+        raise UserError(f"--compile takes one GPU per process: start one for each with `{command}`")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # which PyTorch calls
     if not gpus and not shutil.which(compiler):
-        raise UserError(f"--compile needs a C++ compiler, and {compiler} is not found: install it, or leave --compile out")
+        raise UserError(f"--compile needs a C++ compiler, and {compiler} was not found: install it, or do without")
 
 
 def set_up_machine(device: str, gpus: str, precision: str, compiles: bool = False) -> Machine:
