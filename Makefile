@@ -47,7 +47,7 @@ $(VENV)/.installed: requirements.txt
 	@touch $@
 
 $(VENV)/.tools-installed: $(VENV)/.installed
-	$(VENV)/bin/pip install pytest==9.2.0 pytest-xdist==3.8.0 ruff==0.17.6 tensorboard pillow-heif
+	$(VENV)/bin/pip install pytest==9.2.0 pytest-xdist==3.8.0 ruff==0.17.6 tensorboard matplotlib pillow-heif
 	@touch $@
 
 # Data, models and drawings stay.

@@ -1,0 +1,125 @@
+"""Draw what runs left: learning curves, or accuracy against compute. Run by hand.
+
+    python tests/plot.py curves data/saved_models            # loss, NLL and accuracy by epoch, from the logs
+    python tests/plot.py rivals runs                         # every test and probe below a folder, and their table
+
+It needs matplotlib: pip install matplotlib. For curves that grow while a run trains, see --tensorboard.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+LOGS = {"pt_log.csv": "pre-training", "log.csv": "classifier"}  # as pretrain.py and main.py name them
+PANELS = {  # columns of both logs; the accuracy of pre-training is that of head 123
+    "training loss": ("train_loss",),
+    "validation NLL": ("valid_nll",),
+    "validation accuracy": ("valid_accuracy", "valid_accuracy_123"),
+}
+
+
+class Rival(NamedTuple):
+    """One way to classify the test images."""
+
+    curve: str
+    detail: str
+    multiply_adds: int  # per image
+    accuracy: float
+    interval: tuple[float, float]
+    n_images: int
+
+
+def draw_curves(folders: list[Path], pyplot: Any) -> Any:
+    """A figure of loss, negative log-likelihood and accuracy by epoch, one line per log."""
+    logs = {}
+    for path in (folder / name for folder in folders for name in LOGS):
+        if path.is_file():
+            with open(path, newline="", encoding="utf-8") as file:
+                logs[f"{path.parent.name}, {LOGS[path.name]}"] = list(csv.DictReader(file))
+    if not logs:
+        sys.exit(f"error: no {' or '.join(LOGS)} in {', '.join(map(str, folders))}: train first, or give other folders")
+    figure, panels = pyplot.subplots(1, len(PANELS), figsize=(4.5 * len(PANELS), 3.5), layout="constrained")
+    for panel, (title, columns) in zip(panels, PANELS.items()):
+        for name, rows in logs.items():
+            column = next(column for column in columns if column in rows[0])
+            panel.plot(*zip(*((int(row["epoch"]), float(row[column])) for row in rows)), marker=".", label=name)
+        panel.set(title=title, xlabel="epoch")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize="small")
+    return figure
+
+
+def read_rivals(folders: list[Path]) -> list[Rival]:
+    """The estimates in all files of results below the folders, by curve and cost."""
+    rivals = []
+    for path in sorted({path for folder in folders for path in folder.rglob("*.json")}):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        settings = content.get("settings", {})
+        if path.name.startswith("probe_"):
+            curve = f"linear probe, {Path(settings['weights']).stem}"
+            detail = f"whole image at {settings['patch_size']} pixels"
+        elif path.name.startswith("results_"):
+            curve, detail = settings["policy"], f"k {settings['k']}, start_size {settings['start_size']}"
+            detail += f", {settings['n_glimpses']} glimpses" if settings["n_glimpses"] > 1 else ""
+        else:
+            continue
+        for subject, of_subject in content["figures"].items():
+            for estimate, figures in of_subject.items() if subject in ("probe", f"policy {curve}") else ():
+                name = curve if estimate in ("deterministic", "linear probe") else f"{curve}, {estimate}"
+                cost = content["multiply_adds"][estimate]
+                rivals.append(Rival(name, detail, cost, figures["accuracy"], figures["interval"], content["images"]))
+    if not rivals:
+        sys.exit(f"error: no results_*.json or probe_*.json below {', '.join(map(str, folders))}: test or probe first")
+    return sorted(rivals)
+
+
+def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
+    """A figure of accuracy against multiply-adds per image, one curve for each way to look. Prints its table."""
+    curves = defaultdict(list)
+    print("| | | multiply-adds an image, in 10^9 | accuracy in % | 95 % interval |\n|---|---|---|---|---|")
+    for rival in read_rivals(folders):
+        curves[rival.curve].append(rival)
+        low, high = (100 * edge for edge in rival.interval)
+        cells = f"{rival.multiply_adds / 1e9:.1f} | {100 * rival.accuracy:.1f} | {low:.1f} to {high:.1f}"
+        print(f"| {rival.curve} | {rival.detail} | {cells} |")
+    figure, panel = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    for name, rivals in curves.items():
+        cost = [rival.multiply_adds / 1e9 for rival in rivals]
+        accuracy = [100 * rival.accuracy for rival in rivals]
+        around = [
+            [100 * abs(r.accuracy - edge) for r, edge in zip(rivals, edges)]
+            for edges in zip(*(r.interval for r in rivals))
+        ]
+        panel.errorbar(cost, accuracy, list(around), marker="o", capsize=2, label=name)
+    panel.set(xscale="log", xlabel="multiply-adds an image, in 10^9", ylabel="test accuracy in %")
+    panel.grid(alpha=0.3, which="both")
+    panel.legend(fontsize="small")
+    return figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line, draw and save."""
+    what = {"curves": draw_curves, "rivals": draw_rivals}
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("what", choices=what, help="what to draw")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="what was the --save_dir of a run")
+    parser.add_argument("--out", type=Path, help="image to write (default: curves.png or rivals.png)")
+    args = parser.parse_args(argv)
+    os.environ.setdefault("MPLBACKEND", "agg")  # without a display
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        sys.exit("error: tests/plot.py needs a package that is missing: pip install matplotlib")
+    out = args.out or Path(f"{args.what}.png")
+    what[args.what](args.folders, pyplot).savefig(out, dpi=150)
+    print(f"{args.what} drawn in {out}")
+
+
+if __name__ == "__main__":
+    main()
