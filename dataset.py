@@ -9,8 +9,8 @@ Layouts of DATA_DIR, the first that fits; folder names may be in any case, hidde
 """
 
 import contextlib
-import csv
 import hashlib
+import math
 import os
 import random
 import re
@@ -18,12 +18,13 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from scipy.io import loadmat
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
@@ -40,7 +41,7 @@ HOW_TO_GET_DATA = (
     ": fetch Stanford Dogs with `python data/stanford_dogs.py`, draw a small synthetic set with "
     "`python data/toy_dogs.py`, or give --data_dir"
 )
-BOX_EDGES = ("left", "top", "right", "bottom")
+BOX_EDGES = ("xmin", "ymin", "xmax", "ymax")
 
 
 class ImageList(NamedTuple):
@@ -193,23 +194,85 @@ def read_official_list(images: Path, lists: Path, part: str, split_rule: str) ->
     return ImageList(files, labels, class_names, split_rule)
 
 
-def read_dog_boxes(data_dir: str | Path, images: ImageList) -> Tensor | None:
-    """Boxes of the toy dogs, [N, 4]: left, top, right, bottom as fractions of the side, in the order of the list.
+class Dogs(NamedTuple):
+    """Where the dogs are in an image."""
 
-    Toy images are square, so these are fractions of the canvas too. None if there is no such table, as in Stanford
-    Dogs. Raises UserError if the table does not match the list.
+    boxes: Tensor  # [n, 4]: left, top, right, bottom as fractions of the width and height of the upright image
+    size: tuple[int, int]  # width and height in pixels of the upright image
+
+
+def read_annotation(path: Path) -> Tensor:
+    """Boxes of the dogs in one image, [n, 4] as fractions of the stored image, from an annotation in PASCAL VOC XML.
+
+    Raises UserError if it cannot be read.
     """
-    path = Path(data_dir) / "lists" / "dogs.csv"
-    if not path.is_file():
-        return None
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            table = {row["file"]: [float(row[edge]) for edge in BOX_EDGES] for row in csv.DictReader(file)}
-        return torch.tensor([table["/".join(file.parts[-2:])] for file in images.files])
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(
-            f"table {path} does not match the lists beside it: make it again with data/toy_dogs.py"
-        ) from error
+        text = path.read_text(encoding="utf-8")
+        if "<!DOCTYPE" in text:  # without which there are no entities, whose expansion could fill the memory
+            raise ValueError("it has a DOCTYPE")
+        root = ElementTree.fromstring(text)
+        size = [float(root.findtext(f"size/{name}")) for name in ("width", "height")]
+        boxes = [[float(box.findtext(edge)) for edge in BOX_EDGES] for box in root.iterfind("object/bndbox")]
+        fractions = torch.tensor(boxes).view(-1, 4) / torch.tensor(size * 2)
+        if not fractions.isfinite().all():
+            raise ValueError("its boxes are not numbers, or its size is 0")
+        return fractions
+    except (OSError, SyntaxError, TypeError, ValueError) as error:
+        raise UserError(f"annotation {path} cannot be read ({error}): fetch it again, or remove it") from error
+
+
+def read_dogs(data_dir: str | Path, images: ImageList) -> list[Dogs]:
+    """The dogs in each image, by DATA_DIR/Annotation/<breed>/<image name without ending>; none where that is missing.
+
+    Raises UserError for an annotation that cannot be read.
+    """
+    dogs = []
+    for file in images.files:
+        path, boxes, size = Path(data_dir) / "Annotation" / file.parent.name / file.stem, torch.empty(0, 4), (1, 1)
+        if os.path.isfile(path):
+            boxes = read_annotation(path)
+            with Image.open(file) as image:  # reads the header only
+                size, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
+            # Annotations are of the image as stored, the canvas is of the upright one.
+            x, y = boxes[:, [0, 2]], boxes[:, [1, 3]]
+            if orientation >= 5:
+                x, y, size = y, x, size[::-1]
+            x = 1 - x.flip(-1) if orientation in (2, 3, 6, 7) else x
+            y = 1 - y.flip(-1) if orientation in (3, 4, 7, 8) else y
+            boxes = torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1)
+        dogs.append(Dogs(boxes, size))
+    return dogs
+
+
+def boxes_on_canvas(dogs: Dogs, rng: random.Random | None = None) -> Tensor:
+    """Boxes of the dogs in the crop that `crop_to_canvas` makes with rng: [n, 4], in fractions of the canvas side.
+
+    They are clipped at its border; those of dogs outside are left out.
+    """
+    width, height = dogs.size
+    crop = choose_crop(width, height, rng)
+    corner = torch.tensor([crop.left, crop.top] * 2)
+    boxes = ((dogs.boxes * torch.tensor([width, height] * 2) - corner) / crop.side).clamp(0, 1)
+    if crop.flipped:
+        boxes = torch.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], dim=1)
+    return boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
+
+
+def boxes_of_dogs(dogs: list[Dogs]) -> Tensor | None:
+    """Boxes on the canvas of the central crop, [N, n, 4] in fractions of its side, or None if no image has any.
+
+    n is the largest number of dogs in an image; NaN stands for those that another lacks.
+    """
+    boxes = nn.utils.rnn.pad_sequence([boxes_on_canvas(one) for one in dogs], batch_first=True, padding_value=math.nan)
+    return boxes if boxes.shape[1] else None
+
+
+def location_of_dog(boxes: Tensor) -> Tensor:
+    """Centre of the largest of the boxes [n, 4] on a canvas, [2] in [-1, 1]; without boxes, that of the canvas."""
+    if not len(boxes):
+        return torch.zeros(2)
+    largest = boxes[(boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()]
+    return largest[:2] + largest[2:] - 1
 
 
 def hash_of(text: str, content: bytes = b"") -> int:
@@ -306,16 +369,33 @@ def load_canvas(path: str | Path, size: int, rng: random.Random | None = None) -
     return crop_to_canvas(read_image(path, size), size, rng)
 
 
+class Crop(NamedTuple):
+    """A square of an upright image, in pixels, to be mirrored if flipped."""
+
+    left: int
+    top: int
+    side: int
+    flipped: bool
+
+
+def choose_crop(width: int, height: int, rng: random.Random | None = None) -> Crop:
+    """The central square of the short side; with rng a random one, flipped at random."""
+    side = min(width, height)
+    slack = width - side, height - side
+    if rng is None:
+        return Crop(slack[0] // 2, slack[1] // 2, side, False)
+    flipped = rng.random() < 0.5
+    # Fractions, not pixels, so that an image decoded at a smaller size is cropped at the same place.
+    left, top = (int(rng.random() * (room + 1)) for room in slack)
+    return Crop(left, top, side, flipped)
+
+
 def crop_to_canvas(image: Image.Image, size: int, rng: random.Random | None = None) -> Tensor:
     """Square crop of the short side, resized once: uint8 [3, size, size].
 
-    Without rng it is the central crop; with rng, a random one, flipped at random. All augmentation happens here, once
-    per image, so that the context and the glimpses can never disagree.
+    All augmentation happens here, once per image, so that the context and the glimpses can never disagree.
     """
-    flipped = rng is not None and rng.random() < 0.5
-    side = min(image.size)
-    slack = image.width - side, image.height - side
-    left, top = (rng.randint(0, room) if rng is not None else room // 2 for room in slack)
+    left, top, side, flipped = choose_crop(*image.size, rng)
     square = pil_to_tensor(image.crop((left, top, left + side, top + side)))
     canvas = resize(square, [size, size])  # antialiased, as in Pillow, in half the time
     return canvas.flip(-1) if flipped else canvas

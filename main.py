@@ -18,11 +18,13 @@ if __name__ == "__main__":  # Ctrl-C ends the script quietly while PyTorch is im
 
 import dataclasses
 import hashlib
+import itertools
+import math
 import os
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -38,14 +41,24 @@ import dataset
 import pretrain
 import utils
 from dataset import ImageList
-from glimpse import STARTS, draw_contact_sheet, draw_panel, inside, patch_boxes, patch_scales
-from model import POLICIES, SUPERVISIONS, RecurrentAttention, Rollout, attention_loss, build_backbone, rewards
+from glimpse import STARTS, coverage, draw_contact_sheet, draw_panel, inside, patch_boxes, patch_scales
+from model import (
+    POLICIES,
+    SUPERVISIONS,
+    GlimpseNetwork,
+    RecurrentAttention,
+    Rollout,
+    attention_loss,
+    build_backbone,
+    rewards,
+)
 from utils import Machine, UserError, file_setting, network_setting, setting, training_setting
 
 FILES = ("saved_model.tar", "last.tar", "log.csv")
 BACKBONE_OF_2018 = {"arch": "resnet50", "patch_size": 96}  # its file holds only the weights
 N_CONFUSED = 10  # pairs of classes that test names
 N_ON_SHEET = 40  # images on the contact sheet
+N_PLACES = 32  # along each axis, that stand for glimpses anywhere in the image
 N_WATCHED = 8  # validation images that TensorBoard shows after every epoch
 
 
@@ -90,6 +103,20 @@ def training_noise(n_images: int, n_glimpses: int, seed: int, epoch: int, machin
     return noise[machine.rank :: machine.world_size][: n_images // machine.world_size]
 
 
+def at_the_dogs(boxes: Iterable[Tensor], n_glimpses: int) -> Tensor:
+    """What policy "oracle" takes for noise, [N, 1, T, 2]: the locations of the dogs with these boxes, N x [n, 4]."""
+    location = torch.stack([dataset.location_of_dog(of_image) for of_image in boxes])
+    return location.view(-1, 1, 1, 2).expand(-1, -1, n_glimpses, -1)
+
+
+def read_dogs(settings: Settings, images: ImageList) -> list[dataset.Dogs]:
+    """The annotated dogs in each image. Raises UserError if the policy needs them and there are none."""
+    dogs = dataset.read_dogs(settings.data_dir, images)
+    if settings.policy == "oracle" and not any(len(one.boxes) for one in dogs):
+        raise UserError(f"--policy oracle looks at annotated dogs: there are none in {settings.data_dir}/Annotation")
+    return dogs
+
+
 def distance_from_center(location: Tensor) -> Tensor:
     """Distance of glimpses from the centre of the image, in sides of the image. [..., 2] -> [...]."""
     return location.norm(dim=-1) / 2
@@ -129,7 +156,7 @@ def train_one_epoch(
 def evaluation_noise(policy: str, n_images: int, n_samples: int, n_glimpses: int, seed: int) -> Tensor:
     """Noise [N, M, T, 2] of the trajectories to evaluate, always the same for the same seed.
 
-    "learned": the deterministic trajectory, then n_samples sampled ones; "center": one; "random": n_samples.
+    "learned": the deterministic trajectory, then n_samples sampled ones; "random": n_samples; else one of zeros.
     """
     samples = torch.randn(n_images, n_samples, n_glimpses, 2, generator=torch.Generator().manual_seed(seed))
     if policy == "random":
@@ -138,10 +165,16 @@ def evaluation_noise(policy: str, n_images: int, n_samples: int, n_glimpses: int
     return torch.cat([deterministic, samples], dim=1) if policy == "learned" else deterministic
 
 
-def single_noise(n_images: int, settings: Settings) -> Tensor:
-    """Noise [N, 1, T, 2] of one trajectory per image: deterministic, or sampled if the policy is random."""
-    is_random = settings.policy == "random"
-    return evaluation_noise(settings.policy, n_images, int(is_random), settings.n_glimpses, settings.seed)
+def noise_for(dogs: list[dataset.Dogs], settings: Settings, n_samples: int) -> Tensor:
+    """Noise of `evaluation_noise` for images with these dogs, or what policy "oracle" takes for it."""
+    if settings.policy == "oracle":
+        return at_the_dogs(map(dataset.boxes_on_canvas, dogs), settings.n_glimpses)
+    return evaluation_noise(settings.policy, len(dogs), n_samples, settings.n_glimpses, settings.seed)
+
+
+def single_noise(dogs: list[dataset.Dogs], settings: Settings) -> Tensor:
+    """Noise [N, 1, T, 2] of one trajectory per image: sampled if the policy is random, else deterministic."""
+    return noise_for(dogs, settings, n_samples=1)[:, :1]
 
 
 def evaluate(
@@ -177,13 +210,46 @@ def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     return {name: value.item() for name, value in means.items()}
 
 
-def validate(net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, machine: Machine) -> dict[str, float]:
-    """Scores of one trajectory per image after the last glimpse, its accuracy after each, and its mean distance."""
+def gaze(location: Tensor, boxes: Tensor, glimpse: GlimpseNetwork) -> dict[str, float]:
+    """How well glimpses at location [N, M, 2] look at the dogs, with boxes [N, n, 4] of `dataset.boxes_of_dogs`.
+
+    hit_rate: how often the centre of a glimpse lies in a dog's box. distance_to_dog: from there to the centre of the
+    nearest box, in sides of the image. coverage: the fraction of a dog's box inside the finest patch, of the dog that
+    this patch covers best. Each is a mean over the images with a box.
+    """
+    known = boxes[:, 0].isfinite().all(-1)
+    places, boxes = location[known].unsqueeze(2), boxes[known].unsqueeze(1)  # [N, M, 1, 2], [N, 1, n, 4]
+    offset = (boxes[..., :2] + boxes[..., 2:]) / 2 - (places + 1) / 2
+    patches = patch_boxes(places, glimpse.scales[:1], glimpse.patch_size).squeeze(-2)  # [N, M, 1, 4]
+    figures = {
+        "hit_rate": inside(places, boxes).any(-1),
+        "distance_to_dog": offset.norm(dim=-1).nan_to_num(math.inf).amin(-1),
+        "coverage": coverage(patches, boxes).nan_to_num(0).amax(-1),
+    }
+    return {name: value.double().mean().item() for name, value in figures.items()}
+
+
+def validate(
+    net: nn.Module,
+    loader: DataLoader,
+    noise: Tensor,
+    policy: str,
+    machine: Machine,
+    boxes: Tensor | None,
+    glimpse: GlimpseNetwork,
+) -> dict[str, float]:
+    """Scores of one trajectory per image after the last glimpse, and its accuracy, NLL and gaze after each.
+
+    boxes of the dogs: as for `gaze`, if known.
+    """
     probabilities, location = evaluate(net, loader, noise, policy, machine, "validation")
-    labels = torch.tensor(loader.dataset.images.labels)
-    after = [scores(probabilities[:, :, t], labels) for t in range(location.shape[2])]
-    each = {f"accuracy_{t}": values["accuracy"] for t, values in enumerate(after, start=1)}
-    return {**after[-1], **each, "distance_from_center": distance_from_center(location).mean().item()}
+    labels, each = torch.tensor(loader.dataset.images.labels), {}
+    for t in range(location.shape[2]):
+        after = scores(probabilities[:, :, t], labels)
+        figures = {name: after[name] for name in ("accuracy", "nll")}
+        figures |= gaze(location[:, :, t], boxes, glimpse) if boxes is not None else {}
+        each |= {f"{name}_{t + 1}": value for name, value in figures.items()}
+    return {**after, **each, "distance_from_center": distance_from_center(location).mean().item()}
 
 
 def read_backbone(
@@ -252,7 +318,8 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     train_loader = dataset.make_training_loader(train_list, seed=settings.seed, **loading)
     valid_loader = dataset.make_evaluation_loader(valid_list, **loading)
     policy, n_glimpses, seed = settings.policy, settings.n_glimpses, settings.seed
-    valid_noise = single_noise(len(valid_list.files), settings)
+    train_dogs, valid_dogs = (read_dogs(settings, images) for images in (train_list, valid_list))
+    valid_noise, boxes = single_noise(valid_dogs, settings), dataset.boxes_of_dogs(valid_dogs)
     with run.training(model, train_list.split_rule, {"model_dict": model}) as epochs:
         if last:
             utils.warn_of_new_schedule(settings, last, machine)
@@ -262,14 +329,18 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
             for group, lr in zip(optimizer.param_groups, (settings.lr, settings.attention_lr)):
                 group["lr"] = utils.learning_rate(lr, settings.lr_schedule, epoch, settings.epochs)
             lr, attention_lr = (group["lr"] for group in optimizer.param_groups)
-            noise = training_noise(len(train_list.files), n_glimpses, seed, epoch, machine)
+            if policy == "oracle":
+                keys = ((train_dogs[i], random.Random(drawn)) for i, drawn in train_loader.sampler)
+                noise = at_the_dogs(itertools.starmap(dataset.boxes_on_canvas, keys), n_glimpses)
+            else:
+                noise = training_noise(len(train_list.files), n_glimpses, seed, epoch, machine)
             means = train_one_epoch(net, train_loader, noise, settings, optimizer, machine, title)
-            valid = validate(net, valid_loader, valid_noise, policy, machine)
+            valid = validate(net, valid_loader, valid_noise, policy, machine, boxes, model.glimpse)
             seconds = time.perf_counter() - start
             if run.board:
-                watched = valid_list.subset(fixed_choice(len(valid_list.files), N_WATCHED, seed))
-                noise = single_noise(len(watched.files), settings)
-                for i, drawing in enumerate(draw_images(watched, model.eval(), noise, settings, machine)):
+                watched = fixed_choice(len(valid_list.files), N_WATCHED, seed)
+                drawn = valid_list.subset(watched), model.eval(), valid_noise[watched], settings, machine
+                for i, drawing in enumerate(draw_images(*drawn)):
                     run.board.add_image(f"validation/{i}", pil_to_tensor(drawing.panel), epoch + 1)
             figures = {"train": means, "valid": valid, "lr": lr, "attention_lr": attention_lr, "seconds": seconds}
             is_best = run.save(epoch, valid["nll"], model, optimizer, **figures)
@@ -340,12 +411,15 @@ def write_accuracy_per_class(path: Path, class_names: list[str], kinds: dict[str
     utils.write_table(path, ["class", "images", *(name.replace(" ", "_") for name in correct)], rows)
 
 
-def most_confused(predictions: Tensor, labels: Tensor, class_names: list[str]) -> list[str]:
-    """The N_CONFUSED most frequent confusions of two classes, in words. predictions: [N]; labels: [N]."""
-    n_classes = len(class_names)
-    pairs = torch.bincount(labels * n_classes + predictions, minlength=n_classes**2).view(n_classes, n_classes)
-    sizes = pairs.sum(1)
-    counts, places = pairs.fill_diagonal_(0).flatten().sort(descending=True, stable=True)
+def confusion_matrix(predictions: Tensor, labels: Tensor, n_classes: int) -> Tensor:
+    """Numbers of images [C, C] by true and by predicted class, of predictions [N] and labels [N]."""
+    return torch.bincount(labels * n_classes + predictions, minlength=n_classes**2).view(n_classes, n_classes)
+
+
+def most_confused(matrix: Tensor, class_names: list[str]) -> list[str]:
+    """The N_CONFUSED most frequent confusions of two classes, in words, from a confusion matrix [C, C]."""
+    sizes, n_classes = matrix.sum(1), len(class_names)
+    counts, places = matrix.clone().fill_diagonal_(0).flatten().sort(descending=True, stable=True)
     lines = []
     for n, place in zip(counts[:N_CONFUSED].tolist(), places.tolist()):
         truth, predicted = divmod(place, n_classes)
@@ -354,24 +428,85 @@ def most_confused(predictions: Tensor, labels: Tensor, class_names: list[str]) -
     return lines
 
 
-def report(policy: str, probabilities: Tensor, location: Tensor, labels: Tensor, boxes: Tensor | None) -> list[str]:
-    """Lines with the scores of each estimate, and per glimpse the distance from the centre and the hit rate.
+def measure(
+    policy: str, probabilities: Tensor, location: Tensor, labels: Tensor, boxes: Tensor | None, glimpse: GlimpseNetwork
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Figures by subject and estimate: scores of the policy, and after each glimpse where it looked, and how well.
 
-    probabilities: [N, M, C]; location: [N, M, T, 2]; labels: [N]; boxes of the dogs: [N, 4] if known.
+    probabilities: [N, M, T, C]; location: [N, M, T, 2]; labels: [N]; boxes of the dogs: as for `gaze`, if known.
     """
-
-    def line(subject: str, estimate: str, figures: dict[str, float]) -> str:
-        return f"{subject:15}{estimate:20}" + "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-
-    lines = [line(f"policy {policy}", name, scores(p, labels)) for name, p in estimates(probabilities, policy).items()]
+    final = estimates(probabilities[:, :, -1], policy)
+    figures = {f"policy {policy}": {name: scores(values, labels) for name, values in final.items()}}
     for t in range(location.shape[2]):
+        answers, of_glimpse = estimates(probabilities[:, :, t], policy), {}
         for name, places in estimates(location[:, :, t], policy).items():
+            after = scores(answers[name], labels) if location.shape[2] > 1 else {}
+            of_glimpse[name] = {key: value for key, value in after.items() if key in ("accuracy", "nll")}
             if not name.startswith("average"):  # which is of n glimpses at n places
-                figures = {"distance_from_center": distance_from_center(places).mean().item()}
-                if boxes is not None:
-                    figures["hit_rate"] = inside(places, boxes[:, None]).double().mean().item()
-                lines.append(line(f"glimpse {t + 1}", name, figures))
-    return lines
+                of_glimpse[name]["distance_from_center"] = distance_from_center(places).mean().item()
+                of_glimpse[name] |= gaze(places, boxes, glimpse) if boxes is not None else {}
+        figures[f"glimpse {t + 1}"] = {name: values for name, values in of_glimpse.items() if values}
+    if boxes is not None:
+        axis = torch.linspace(-1, 1, N_PLACES + 1)[:-1] + 1 / N_PLACES
+        anywhere = torch.cartesian_prod(axis, axis).expand(len(boxes), -1, -1)
+        elsewhere = {"at the centre": torch.zeros(len(boxes), 1, 2), "anywhere at random": anywhere}
+        figures["to compare"] = {name: gaze(places, boxes, glimpse) for name, places in elsewhere.items()}
+    return figures
+
+
+def report(figures: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """Lines with the figures of `measure`."""
+    return [
+        f"{subject:15}{estimate:20}" + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        for subject, of_subject in figures.items()
+        for estimate, values in of_subject.items()
+    ]
+
+
+def multiply_adds(settings: Settings, backbone: dict[str, Any], n_classes: int, n_trajectories: int) -> int:
+    """Multiplications, each with an addition, of all networks on one image, as PyTorch counts them."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without numbers
+        model = build_model(settings, backbone, n_classes, Path(FILES[0])).eval()
+        size = model.glimpse.canvas_size
+        noise = torch.zeros(1, n_trajectories, settings.n_glimpses, 2)
+        model(torch.zeros(1, 3, size, size, dtype=torch.uint8), noise, settings.policy)
+    return counter.get_total_flops() // 2
+
+
+def write_results(
+    settings: Settings,
+    machine: Machine,
+    checkpoint: dict[str, Any],
+    images: ImageList,
+    kinds: dict[str, Tensor],
+    location: Tensor,
+    figures: dict[str, dict[str, dict[str, float]]],
+) -> list[str]:
+    """Write what `test` found under --save_dir, into files that name the policy. Returns lines that say where.
+
+    kinds: of `estimates` of probabilities [N, M, C]; location: [N, M, T, 2]; figures: of `measure`.
+    """
+    labels, names = torch.tensor(images.labels), images.class_names
+    policy, (*_, (best, answers)) = settings.policy, kinds.items()
+    matrix = confusion_matrix(answers[:, 0].argmax(-1), labels, len(names))
+    confused = most_confused(matrix, names)
+    written = {
+        "predictions": settings.save_dir / f"predictions_{policy}.csv",
+        "accuracy per class": settings.save_dir / f"per_class_{policy}.csv",
+        "confusion matrix": settings.save_dir / f"confusion_{policy}.csv",
+        "all figures": settings.save_dir / f"results_{policy}.json",
+    }
+    if machine.rank == 0:
+        single = {name: values for name, values in kinds.items() if name != "sampled trajectory"}
+        write_predictions(written["predictions"], images, settings.data_dir, single, location[:, 0])
+        write_accuracy_per_class(written["accuracy per class"], names, kinds, labels)
+        rows = ([name, *row] for name, row in zip(names, matrix.tolist()))
+        utils.write_table(written["confusion matrix"], ["true_class", *names], rows)
+        sizes = {name: settings.n_trajectories if name.startswith("average") else 1 for name in kinds}
+        cost = {name: multiply_adds(settings, checkpoint["backbone"], len(names), m) for name, m in sizes.items()}
+        utils.write_results(written["all figures"], settings, machine, len(labels), figures, cost)
+    lines = ["\n  ".join([f"most frequent confusions, {best}:", *confused]) if confused else "no confusions"]
+    return [*lines, *(f"{what} in {path}" for what, path in written.items())]
 
 
 def test(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> None:
@@ -384,26 +519,24 @@ def test(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> No
         {"fingerprints": {"training": checkpoint["backbone"].get("trained_on", torch.empty(0))}},
     ):
         dataset.refuse_trained_on(images, fingerprints, data, path, "test")
-    boxes, labels = dataset.read_dog_boxes(settings.data_dir, images), torch.tensor(images.labels)
+    dogs = read_dogs(settings, images)
+    boxes = dataset.boxes_of_dogs(dogs)
     model = load_classifier(settings, checkpoint, machine)
     loading = machine.loading(settings.batch_size, settings.num_workers)
     loader = dataset.make_evaluation_loader(images, canvas_size=model.glimpse.canvas_size, **loading)
-    noise = evaluation_noise(policy, len(images.files), settings.n_trajectories, model.n_glimpses, settings.seed)
+    noise = noise_for(dogs, settings, settings.n_trajectories)
     probabilities, location = evaluate(utils.wrap(model, machine), loader, noise, policy, machine, "test")
     machine.print(
         f"{len(images.files):,} test images of {settings.data_dir}, classifier of epoch {checkpoint['epoch'] + 1}\n"
         f"{utils.describe_classes(images.class_names)}; split {images.split_rule}"
     )
-    machine.print("\n".join(report(policy, probabilities[:, :, -1], location, labels, boxes)))
+    figures = measure(policy, probabilities, location, torch.tensor(images.labels), boxes, model.glimpse)
+    machine.print("\n".join(report(figures)))
+    if boxes is not None:
+        n_known = sum(len(one.boxes) > 0 for one in dogs)
+        machine.print(f"dogs are annotated in {n_known:,} of {utils.count(len(dogs), 'image')}")
     kinds = estimates(probabilities[:, :, -1], policy)
-    confused = most_confused(list(kinds.values())[-1][:, 0].argmax(-1), labels, images.class_names)
-    machine.print("\n  ".join(["most frequent confusions:", *confused]) if confused else "no confusions")
-    paths = [settings.save_dir / f"{name}_{policy}.csv" for name in ("predictions", "per_class")]
-    if machine.rank == 0:
-        single = {name: values for name, values in kinds.items() if name != "sampled trajectory"}
-        write_predictions(paths[0], images, settings.data_dir, single, location[:, 0])
-        write_accuracy_per_class(paths[1], images.class_names, kinds, labels)
-    machine.print(f"predictions in {paths[0]}, accuracy of each class in {paths[1]}")
+    machine.print("\n".join(write_results(settings, machine, checkpoint, images, kinds, location, figures)))
     machine.print(utils.next_command(settings, "main.py", "--task=view_glimpses"))
 
 
@@ -489,7 +622,7 @@ def view_glimpses(settings: Settings, machine: Machine, checkpoint: dict[str, An
     utils.refuse_other_classes(checkpoint, images.class_names, settings.data_dir, settings.save_dir / FILES[0])
     images = images.subset(fixed_choice(len(images.files), settings.n_samples, settings.seed))
     model, n_images = load_classifier(settings, checkpoint, machine), len(images.files)
-    drawings = draw_images(images, model, single_noise(n_images, settings), settings, machine)
+    drawings = draw_images(images, model, single_noise(read_dogs(settings, images), settings), settings, machine)
     paths, on_sheet = [settings.imgs_dir / f"glimpse_{i}.jpg" for i in range(n_images)], []
     bar = tqdm(drawings, "view_glimpses", n_images, unit=" images", leave=False, disable=None)
     for path, drawing in zip(paths, bar):
@@ -513,6 +646,8 @@ def predict(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) ->
 
     An image that cannot be read is named and passed over. Raises UserError at the end if there were any.
     """
+    if settings.policy == "oracle":
+        raise UserError("--policy oracle looks at annotated dogs: choose another for --task=predict")
     class_names, files = checkpoint["data"]["class_names"], dataset.find_images(settings.images)
     model, images = load_classifier(settings, checkpoint, machine), ImageList(files, [], class_names)
     # The same noise for every image, so that its prediction does not depend on the others.

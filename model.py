@@ -19,7 +19,8 @@ from glimpse import FULL_SCALE, STARTS, build_pyramid, canvas_size, extract_patc
 
 ARCHITECTURES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 HEADS = {"12": (0, 1), "13": (0, 2), "23": (1, 2), "123": (0, 1, 2)}  # resolution levels (indices into STARTS) per head
-POLICIES = ("learned", "center", "random")
+POLICIES = ("learned", "center", "random", "grid", "oracle")
+GRID = ((-0.5, -0.5), (0.5, -0.5), (-0.5, 0.5), (0.5, 0.5))  # centres of the quadrants, in the order of attention
 SUPERVISIONS = ("each", "last")
 PATCHES_PER_PASS = 256  # bounds memory for many trajectories: 0.6 GB of float32 stem output at P = 96
 
@@ -29,12 +30,11 @@ class Backbone(nn.Sequential):
 
     def forward(self, patches: Tensor) -> Tensor:
         """[N, 3, P, P] -> [N, D, P/16, P/16]."""
-        device = patches.device.type
-        float32 = patches.dtype == torch.float32 and not torch.is_autocast_enabled(device)
         has_backward = self.training or not torch.is_grad_enabled()  # oneDNN's eval-mode BatchNorm has no backward
-        compiled = torch.compiler.is_compiling()
-        if device == "cpu" and float32 and has_backward and not compiled and torch.backends.mkldnn.is_available():
-            return super().forward(patches.to_mkldnn()).to_dense()
+        if patches.device.type == "cpu" and has_backward and not torch.compiler.is_compiling():
+            float32 = patches.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+            if float32 and torch.backends.mkldnn.is_available():
+                return super().forward(patches.to_mkldnn()).to_dense()
         return super().forward(patches)
 
 
@@ -123,6 +123,12 @@ class GlimpseNetwork(nn.Module):
         self.canvas_size = canvas_size(patch_size, scales[0])
         self.compiled = False
 
+    def train(self, mode: bool = True) -> "GlimpseNetwork":
+        """Leaves the frozen backbone in eval mode, for which alone it is compiled."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
     def speed_up(self, dtype: torch.dtype, *, compiles: bool) -> None:
         """Compute the features in this type and, if wanted, compiled. To be called once, after weights are loaded.
 
@@ -144,7 +150,7 @@ class GlimpseNetwork(nn.Module):
             return self.backbone(patches)
         from torch._inductor import config  # takes seconds to import
 
-        torch._dynamo.mark_dynamic(patches, 0)  # so that it is compiled once for all N
+        torch._dynamo.mark_dynamic(patches, 0)  # or it would be compiled anew for every N
         # Frozen weights are packed for the matrix units of the CPU, and each ReLU is fused with its convolution.
         with config.patch(freezing=patches.device.type == "cpu"):
             return self.backbone(patches)
@@ -265,8 +271,9 @@ class RecurrentAttention(nn.Module):
         """Roll out M trajectories over each image.
 
         canvas: uint8 [B, 3, S, S]. noise: standard normal [B, M, T, 2], supplied by the caller; zeros give the
-        deterministic trajectory. policy: "learned", "center" (always the image centre) or "random" (uniform over the
-        image, computed from the noise). All trajectories of an image share its pyramid and its context features.
+        deterministic trajectory. policy: "learned", "center" (always the image centre), "random" (uniform over the
+        image, computed from the noise), "grid" (the centres of the quadrants in turn) or "oracle" (at the dog: the
+        noise is the location). All trajectories of an image share its pyramid and its context features.
         """
         B, M = noise.shape[:2]
         pyramid = build_pyramid(canvas, self.glimpse.scales, self.glimpse.patch_size)
@@ -277,7 +284,7 @@ class RecurrentAttention(nn.Module):
             state = h_t.detach().view(B, M, -1)
             b_t = self.baseline(V, state)  # [B, M]
             a_t = self.locate(V, state, t)  # [B, M, 4]
-            l_t, log_pi = self.sample_location(a_t, noise[:, :, t], policy)  # [B, M, 2], [B, M]
+            l_t, log_pi = self.sample_location(a_t, noise[:, :, t], policy, t)  # [B, M, 2], [B, M]
             g_t = self.glimpse(pyramid, l_t)  # [B, M, k D]
             h_t, c_t = self.rnn(g_t.flatten(0, 1), (h_t, c_t))  # [B M, H]
             z_t = self.classify(h_t).float().view(B, M, -1)  # [B, M, C]
@@ -294,15 +301,20 @@ class RecurrentAttention(nn.Module):
         later_ids = set(map(id, later))
         return [p for p in self.parameters() if p.requires_grad and id(p) not in later_ids], later
 
-    def sample_location(self, attention: Tensor, noise: Tensor, policy: str) -> tuple[Tensor, Tensor]:
+    def sample_location(self, attention: Tensor, noise: Tensor, policy: str, step: int) -> tuple[Tensor, Tensor]:
         """Attention [B, M, 4] and noise [B, M, 2] -> location [B, M, 2] and its log-probability [B, M]."""
         if policy == "learned":
             mean = location_mean(attention)
             sample = (mean + self.std_dev * noise).detach()
             return torch.tanh(sample), gaussian_log_prob(sample, mean, self.std_dev)
-        uniform = torch.erf(noise / math.sqrt(2))  # in (-1, 1), because erf(x / sqrt(2)) is 2 * normal CDF(x) - 1
-        location = uniform if policy == "random" else torch.zeros_like(noise)
-        return location, noise.new_zeros(noise.shape[:2])
+        location = {
+            "center": torch.zeros_like(noise),
+            # In (-1, 1), because erf(x / sqrt(2)) is 2 * normal CDF(x) - 1.
+            "random": torch.erf(noise / math.sqrt(2)),
+            "grid": noise.new_tensor(GRID[step % len(GRID)]).expand_as(noise),
+            "oracle": noise,
+        }
+        return location[policy], noise.new_zeros(noise.shape[:2])
 
 
 class LossTerms(NamedTuple):

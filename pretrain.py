@@ -16,7 +16,6 @@ if __name__ == "__main__":  # Ctrl-C ends the script quietly while PyTorch is im
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 import dataset
 import utils
@@ -48,14 +48,19 @@ class Settings(utils.SharedSettings):
     arch: str = network_setting("resnet50", "torchvision ResNet to use as the backbone", one_of=ARCHITECTURES)
     patch_size: int = network_setting(96, "side of a patch in pixels", at_least=32, multiple_of=32)
     weights: str = network_setting(
-        "imagenet", "initial weights: imagenet (a download), none, or the file of a ResNet", tasks="train probe"
+        "imagenet",
+        "initial weights: imagenet (a download), none, or the file of a ResNet or of this script",
+        tasks="train probe",
     )
 
 
-def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> None:
-    """Load ImageNet weights, torchvision's (version 1, as in 2018) or those in a file. Raises UserError."""
+def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> dict[str, Any]:
+    """Load ImageNet weights, torchvision's (version 1, as in 2018), those in a file, or those of an earlier run.
+
+    Returns the data that the latter was trained on, which is empty for all others. Raises UserError.
+    """
     if weights == "none":
-        return
+        return {}
     if weights == "imagenet":
         try:
             # Version 1 is what `pretrained=True` loaded in 2018.
@@ -66,7 +71,12 @@ def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> No
             ) from error
     else:
         state = utils.load_checkpoint(Path(weights), "--weights takes imagenet, none, or a file")
-    utils.load_state(lambda state: load_resnet_weights(backbone, state), state, f"{weights} (is --arch {arch} right?)")
+    where = f"{weights} (is --arch {arch} right?)"
+    if isinstance(state, dict) and "model_dict" in state:
+        utils.load_state(backbone.load_state_dict, state["model_dict"], where)
+        return state.get("data", {})
+    utils.load_state(lambda state: load_resnet_weights(backbone, state), state, where)
+    return {}
 
 
 def build_model(settings: Settings, n_classes: int) -> PretrainNetwork:
@@ -132,7 +142,10 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     torch.manual_seed(settings.seed)
     model = build_model(settings, len(train_list.class_names))
     if last is None:
-        load_initial_weights(model.backbone, settings.weights, settings.arch)
+        seen = load_initial_weights(model.backbone, settings.weights, settings.arch)
+        dataset.refuse_trained_on(
+            valid_list, data["fingerprints"]["validation"], seen, Path(settings.weights), "validation"
+        )
     model.to(machine.device, memory_format=torch.channels_last)
     optimizer = utils.make_optimizer(model.parameters())
     run.restore(model, optimizer)
@@ -185,7 +198,7 @@ def test(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> No
 def whole_image_features(
     backbone: nn.Sequential, images: dataset.ImageList, settings: Settings, machine: Machine
 ) -> Tensor:
-    """Features [N, D] of whole images of side P from the frozen backbone, in the list's order."""
+    """Features [N, D] of whole images from the frozen backbone, in the list's order."""
     net = utils.MixedPrecision(backbone.eval(), machine)
     loading = machine.loading(settings.batch_size, settings.num_workers)
     loader = dataset.make_evaluation_loader(images, canvas_size=settings.patch_size, **loading)
@@ -213,25 +226,29 @@ def fit_probe(features: Tensor, labels: Tensor, n_classes: int, weight_decay: fl
     return probe
 
 
+def multiply_adds(arch: str, side: int, n_classes: int) -> int:
+    """Multiplications, each with an addition, of backbone and probe on one image, as PyTorch counts them."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without numbers
+        features = build_backbone(arch)(torch.empty(1, 3, side, side)).mean((2, 3))
+        nn.Linear(features.shape[1], n_classes)(features)
+    return counter.get_total_flops() // 2
+
+
 def probe(settings: Settings, machine: Machine, _: None) -> None:
-    """Fit a linear classifier to features of whole images before any fine-tuning, and print its test accuracy.
+    """Fit a linear classifier to features of whole images from the initial weights, and print its test accuracy.
 
     The weight decay is the one of `PROBE_WEIGHT_DECAYS` that is best on validation.
     """
-
-    def accuracy(fitted: nn.Linear, features: Tensor, labels: Tensor) -> float:
-        return (fitted(features).argmax(-1) == labels).double().mean().item()
-
     train_list, valid_list = dataset.read_training_lists(settings.data_dir, settings.valid_size)
     lists = train_list, valid_list, dataset.read_list(settings.data_dir, "test")
     if lists[0].class_names != lists[2].class_names:
         raise UserError(f"the training and the test list of {settings.data_dir} have different classes")
-    with tempfile.TemporaryDirectory() as folder:  # there is no folder of a run
-        checking = {**machine.checking(settings), "memory": Path(folder) / "checked_images.tar"}
-        lists = [images for images, _ in dataset.check_images(*lists, **checking)]
+    lists, fingerprints = zip(*dataset.check_images(*lists, **machine.checking(settings)))
     torch.manual_seed(settings.seed)
     backbone = build_backbone(settings.arch)
-    load_initial_weights(backbone, settings.weights, settings.arch)
+    seen = load_initial_weights(backbone, settings.weights, settings.arch)
+    for i, use in ((1, "validation"), (2, "test")):
+        dataset.refuse_trained_on(lists[i], fingerprints[i], seen, Path(settings.weights), use)
     backbone.to(machine.device, memory_format=torch.channels_last)
     features = [whole_image_features(backbone, images, settings, machine) for images in lists]
     mean, std = features[0].mean(0), features[0].std(0).clamp_min(1e-6)
@@ -239,14 +256,28 @@ def probe(settings: Settings, machine: Machine, _: None) -> None:
         ((x - mean) / std, torch.tensor(images.labels)) for x, images in zip(features, lists)
     ]
     n_classes = len(lists[0].class_names)
+
+    def figures(fitted: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, float]:
+        logits = fitted(features)
+        accuracy = (logits.argmax(-1) == labels).double().mean().item()
+        return {"accuracy": accuracy, "nll": F.cross_entropy(logits, labels).item()}
+
     probes = {decay: fit_probe(train_x, train_y, n_classes, decay) for decay in PROBE_WEIGHT_DECAYS}
-    best = max(probes, key=lambda decay: accuracy(probes[decay], *valid))
+    best = max(probes, key=lambda decay: figures(probes[decay], *valid)["accuracy"])
+    side, of_test = settings.patch_size, figures(probes[best], *test)
     machine.print(
-        f"linear probe of whole images at {settings.patch_size} pixels, features of {settings.weights} weights, "
+        f"linear probe of whole images at {side} pixels, features of {settings.weights} weights, "
         f"{len(lists[2].files):,} test images of {settings.data_dir}"
     )
-    machine.print(f"weight decay {best:g}, chosen on validation: accuracy {accuracy(probes[best], *valid):.4f}")
-    machine.print(f"test accuracy {accuracy(probes[best], *test):.4f}")
+    machine.print(
+        f"weight decay {best:g}, chosen on validation: accuracy {figures(probes[best], *valid)['accuracy']:.4f}"
+    )
+    machine.print(f"test accuracy {of_test['accuracy']:.4f}")
+    if machine.rank == 0:
+        cost = {"linear probe": multiply_adds(settings.arch, side, n_classes)}
+        path = settings.save_dir / f"probe_{side}.json"
+        utils.write_results(path, settings, machine, len(test[1]), {"probe": {"linear probe": of_test}}, cost)
+        machine.print(f"all figures in {path}")
     machine.print(utils.next_command(settings, "pretrain.py"))
 
 

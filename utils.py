@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import functools
 import io
+import json
 import math
 import os
 import platform
@@ -145,12 +146,7 @@ class SharedSettings:
     """Settings of both scripts. Flags, their help and checks, and what checkpoints store derive from the fields."""
 
     data_dir: Path = file_setting(Path("data/Original"), "folder of images", tasks="train test probe view_glimpses")
-    save_dir: Path = file_setting(
-        Path("data/saved_models"),
-        "folder for checkpoints, logs and results",
-        tasks="train test view_glimpses predict",
-        stored=False,
-    )
+    save_dir: Path = file_setting(Path("data/saved_models"), "folder for checkpoints, logs and results", stored=False)
     valid_size: float = file_setting(
         0.1, "fraction of the training images to validate on", tasks="train probe", fixed="always", above=0, below=1
     )
@@ -663,6 +659,50 @@ def refuse_other_data(stored: dict[str, Any], data: dict[str, Any], path: Path) 
             raise UserError(f"{path} was trained on other images: {words}: see --data_dir and --valid_size")
 
 
+def interval(accuracy: float, n_images: int) -> tuple[float, float]:
+    """The 95 % confidence interval of an accuracy on n images (Wilson 1927)."""
+    z = 1.96
+    center = (accuracy + z**2 / (2 * n_images)) / (1 + z**2 / n_images)
+    spread = z * math.sqrt(accuracy * (1 - accuracy) / n_images + z**2 / (4 * n_images**2)) / (1 + z**2 / n_images)
+    return center - spread, center + spread
+
+
+def plain(settings: SharedSettings, which: Callable[[dataclasses.Field], bool]) -> dict[str, Any]:
+    """Some of the settings, in types that JSON and checkpoints have."""
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if which(field)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def made_by(machine: Machine) -> dict[str, str]:
+    """Versions and machine, to store with what they made."""
+    versions = {"torch": str(torch.__version__), "torchvision": torchvision.__version__, "git": git_revision()}
+    return {**versions, "device": machine.device.type, "precision": machine.precision}
+
+
+def write_results(
+    path: Path,
+    settings: SharedSettings,
+    machine: Machine,
+    n_images: int,
+    figures: dict[str, dict[str, dict[str, float]]],
+    cost: dict[str, int],
+) -> None:
+    """Write the figures of a test as JSON, with all that they depend on.
+
+    figures: by subject and estimate; an accuracy is followed by its 95 % interval. cost: multiply-adds per image, by
+    estimate.
+    """
+    content: dict[str, Any] = {"images": n_images, "multiply_adds": cost, "figures": {}}
+    for subject, of_subject in figures.items():
+        content["figures"][subject] = {
+            estimate: values | ({"interval": interval(values["accuracy"], n_images)} if "accuracy" in values else {})
+            for estimate, values in of_subject.items()
+        }
+    content["settings"] = plain(settings, lambda f: f.metadata["stored"] or settings.task in f.metadata["tasks"])
+    with replacing(path, mode="w", encoding="utf-8") as file:
+        json.dump({**content, "made_by": made_by(machine)}, file, indent=1)
+
+
 def git_revision() -> str:
     """The commit of this code, empty where it is not in a clone."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -720,12 +760,8 @@ class Run:
         """
         if self.last:
             refuse_other_data(self.last["data"], origin["data"], self.last_path)
-        settings = self.settings
-        values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.metadata["stored"]}
-        plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-        versions = {"torch": str(torch.__version__), "torchvision": torchvision.__version__, "git": git_revision()}
-        made_by = {**versions, "device": self.machine.device.type, "precision": self.machine.precision}
-        self.stored = {"settings": plain, "made_by": made_by, **origin}
+        settings = plain(self.settings, lambda field: field.metadata["stored"])
+        self.stored = {"settings": settings, "made_by": made_by(self.machine), **origin}
 
     def restore(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Put the state after the last epoch back, if the run is resumed. Raises UserError if it does not fit."""

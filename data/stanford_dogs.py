@@ -1,6 +1,7 @@
-"""Download, verify and unpack Stanford Dogs (757 MiB): python data/stanford_dogs.py
+"""Download, verify and unpack Stanford Dogs (778 MiB): python data/stanford_dogs.py
 
-Creates DATA_DIR/Images/<breed folder>/<file>.jpg and DATA_DIR/lists/{train,test,file}_list.mat.
+Creates DATA_DIR/Images/<breed folder>/<file>.jpg, DATA_DIR/lists/{train,test,file}_list.mat and the boxes of the dogs,
+DATA_DIR/Annotation/<breed folder>/<file>.
 The same command resumes an interrupted run.
 """
 
@@ -32,6 +33,9 @@ class Archive(NamedTuple):
 BASE_URL = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
 ARCHIVES = (
     Archive("lists.tar", 481280, "34b47cacd9a98b5d150e084f24d29391c084c55272295ec65c85651bc35f4d6c", "lists"),
+    Archive(
+        "annotation.tar", 21852160, "662ed36f707be6b195c2fda392d8e153e83af28cedc8e2134a649f198def30fd", "Annotation"
+    ),
     Archive("images.tar", 793579520, "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58", "Images"),
 )
 CHUNK = 1 << 18  # bytes
@@ -48,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Download, verify and unpack Stanford Dogs.", allow_abbrev=False)
     parser.add_argument("--data_dir", type=Path, default=Path("data/Original"), help="output folder (%(default)s)")
-    parser.add_argument("--base_url", default=BASE_URL, help="URL of the folder with both archives (%(default)s)")
+    parser.add_argument("--base_url", default=BASE_URL, help="URL of the folder with the archives (%(default)s)")
     return parser.parse_args(argv)
 
 

@@ -6,7 +6,6 @@ downsampled by a factor of 4. Classifying the breed therefore requires finding t
 """
 
 import argparse
-import csv
 import math
 import os
 import shlex
@@ -43,6 +42,7 @@ WAVES = {
 BREEDS = (*WAVES, "plain_grain")
 FOLDERS = tuple(f"n{number:08d}-{breed}" for number, breed in enumerate(BREEDS, start=1))
 SPLITS = ("train", "test")
+ANNOTATIONS = "Annotation"  # the folder of the boxes, as in Stanford Dogs
 
 # A dog facing right, in drawing order. A body part is a row of discs along a quadratic Bezier curve: start, control
 # point, end, first radius, last radius, brightness (x to the right, y down). The far legs and the ear are shaded.
@@ -185,20 +185,28 @@ def write_list(path: Path, names: list[str], labels: list[int]) -> None:
     os.replace(temporary, path)
 
 
+def write_annotation(path: Path, breed: str, size: int, box: Box) -> None:
+    """Write the dog's box in the format of Stanford Dogs, PASCAL VOC XML."""
+    edges = "".join(f"<{name}>{edge}</{name}>" for name, edge in zip(("xmin", "ymin", "xmax", "ymax"), box))
+    shape = f"<size><width>{size}</width><height>{size}</height><depth>3</depth></size>"
+    dog = f"<object><name>{breed}</name><bndbox>{edges}</bndbox></object>"
+    path.write_text(f"<annotation>{shape}{dog}</annotation>\n", encoding="utf-8")
+
+
 def write_data_set(data_dir: Path, n_train: int, n_test: int, size: int, spread: float, seed: int) -> None:
-    """Draw all images, then write the table of boxes and last the lists, so that a set with lists is complete."""
-    images, lists = data_dir / "Images", data_dir / "lists"
+    """Draw all images and annotate them, and write the lists last, so that a set with lists is complete."""
+    images, lists, annotations = data_dir / "Images", data_dir / "lists", data_dir / ANNOTATIONS
     lists.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         (lists / f"{split}_list.mat").unlink(missing_ok=True)
     for folder in FOLDERS:
-        (images / folder).mkdir(parents=True, exist_ok=True)
-        for old_image in (images / folder).glob(f"{folder[:9]}_*.jpg"):
-            old_image.unlink()
+        for place, pattern in ((images, f"{folder[:9]}_*.jpg"), (annotations, f"{folder[:9]}_*")):
+            (place / folder).mkdir(parents=True, exist_ok=True)
+            for old_file in (place / folder).glob(pattern):
+                old_file.unlink()
 
     counts = (n_train // len(BREEDS), n_test // len(BREEDS))
     names = {split: [] for split in SPLITS}
-    boxes = []
     with tqdm(total=n_train + n_test, unit=" images", disable=None) as progress:
         for split_index, split in enumerate(SPLITS):
             for label, (breed, folder) in enumerate(zip(BREEDS, FOLDERS), start=1):
@@ -210,13 +218,9 @@ def write_data_set(data_dir: Path, n_train: int, n_test: int, size: int, spread:
                     # Chroma subsampling would average the coat's colour over two pixels, half a period.
                     Image.fromarray(image).save(images / name, quality=95, subsampling=0)
                     names[split].append(name)
-                    boxes.append((name, *(round(edge / size, 6) for edge in box)))
+                    write_annotation(annotations / name.removesuffix(".jpg"), breed, size, box)
                     progress.update()
 
-    with open(lists / "dogs.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("file", "left", "top", "right", "bottom"))
-        writer.writerows(boxes)
     for split, count in zip(SPLITS, counts):
         labels = [label for label in range(1, len(BREEDS) + 1) for _ in range(count)]
         write_list(lists / f"{split}_list.mat", names[split], labels)
@@ -229,7 +233,7 @@ def find_obstacle(data_dir: Path) -> str | None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         return f"{nearest} is not a writable folder"
     foreign = sorted(path for path in images.glob("*") if path.is_dir() and path.name not in FOLDERS)
-    if not (lists / "dogs.csv").exists():
+    if not all((data_dir / ANNOTATIONS / folder).is_dir() for folder in FOLDERS):
         foreign += sorted(lists.glob("*.mat"))
     return f"{data_dir} contains something other than toy dogs: {foreign[0]}" if foreign else None
 

@@ -206,6 +206,19 @@ def write_list(path: Path, names: list[str], labels: list[int]) -> None:
     savemat(path, {"file_list": cells, "labels": np.array(labels, dtype=np.uint8).reshape(-1, 1)})
 
 
+def annotate(data_dir: Path, boxes: dict[Path, list[tuple[float, ...]]], width: int, height: int) -> None:
+    """Annotations as those of Stanford Dogs, of images of this size: xmin, ymin, xmax, ymax in pixels of each dog."""
+    for file, dogs in boxes.items():
+        lines = ["<annotation>", "<folder>02085620</folder>"]
+        lines.append(f"<size>\n<width>{width}</width>\n<height>{height}</height>\n<depth>3</depth></size>")
+        for box in dogs:
+            edges = "\n".join(f"<{edge}>{value}</{edge}>" for edge, value in zip(("xmin", "ymin", "xmax", "ymax"), box))
+            lines.append(f"<object>\n<name>a dog</name>\n<pose>Unspecified</pose>\n<bndbox>{edges}</bndbox></object>")
+        path = data_dir / "Annotation" / file.parent.name / file.stem
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join([*lines, "</annotation>"]), encoding="utf-8")
+
+
 @pytest.fixture
 def make_data(tmp_path: Path) -> Callable[..., Path]:
     """Writes a data folder with n_train and n_test images of each class, and returns it."""

@@ -159,7 +159,7 @@ def test_glimpse_is_taken_from_the_attended_quadrant(quadrant: int, corner: tupl
     context = torch.nn.functional.adaptive_avg_pool2d(canvas.float(), 2)  # [1, 3, 2, 2], in the order of features
     attention = torch.softmax(context.sum(1).flatten(1), dim=-1).view(1, 1, 4)
     assert attention.argmax().item() == quadrant
-    location, _ = net.sample_location(attention, torch.zeros(1, 1, 2), "learned")
+    location, _ = net.sample_location(attention, torch.zeros(1, 1, 2), "learned", 0)
     assert torch.equal(torch.sign(location[0, 0]), torch.tensor([2.0 * column - 1, 2.0 * row - 1]))
     left, top, right, bottom = glimpse.patch_boxes(location[0, 0], (1,), 32)[0].tolist()
     assert (left + right) / 2 // 0.5 == column and (top + bottom) / 2 // 0.5 == row
@@ -228,10 +228,14 @@ def test_policies(make_model) -> None:
     first = location_mean(learned.attention[:, :, 0]) + 0.2 * noise[:, :, 0]
     assert torch.allclose(torch.atanh(learned.location[:, :, 0]), first, atol=1e-4)
     assert (net(canvas, noise, "center").location == 0).all()
-    many = net.sample_location(torch.full((1, 20_000, 4), 0.25), torch.randn(1, 20_000, 2), "random")[0][0]
+    many = net.sample_location(torch.full((1, 20_000, 4), 0.25), torch.randn(1, 20_000, 2), "random", 0)[0][0]
     histogram = torch.histc(many[:, 0], bins=10, min=-1, max=1)
     assert ((histogram / 2_000 - 1).abs() < 0.15).all() and np.abs(np.corrcoef(many.T.numpy())[0, 1]) < 0.03
-    for policy in ("center", "random"):
+    quadrants = torch.tensor([[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]])  # in the order of attention
+    grid = make_model(n_glimpses=5)(canvas, torch.randn(2, 1, 5, 2), "grid").location
+    assert torch.equal(grid, quadrants[[0, 1, 2, 3, 0]].expand(2, 1, 5, 2))
+    assert torch.equal(net(canvas, noise.tanh(), "oracle").location, noise.tanh())
+    for policy in ("center", "random", "grid", "oracle"):
         rollout = net(canvas, noise, policy)
         assert (rollout.log_prob == 0).all() and not rollout.log_prob.requires_grad
 
@@ -320,6 +324,42 @@ def test_folded_backbone_equals_the_original(arch: str, precision: str, toleranc
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         expected, ours = (net(patches).float().mean((2, 3)) for net in (backbone, folded))  # [3, D]
     assert (ours - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cast_weights_compute_what_autocast_computes(precision: str, make_model) -> None:
+    net, canvas, noise = make_model(), canvases(2), torch.randn(2, 3, 2, 2)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        expected = net(canvas, noise, "learned")
+        net.glimpse.speed_up(dtype, compiles=False)
+        assert {parameter.dtype for parameter in net.glimpse.parameters()} == {dtype}
+        assert all(map(torch.equal, expected, net(canvas, noise, "learned")))
+    after = net.state_dict()  # of a checkpoint, which the precision of the machine must not reach
+    assert list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
+    assert {value.dtype for value in after.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [pytest.param("fp32", 1e-4, marks=pytest.mark.slow), ("bf16", 2e-2)]
+)
+def test_compiled_backbone_equals_the_eager_one(precision: str, tolerance: float) -> None:
+    """And it is compiled once for all numbers of patches from 16 on (PyTorch chooses other kernels for fewer)."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3)]
+    net = model.GlimpseNetwork(backbone=nn.Sequential(*layers), patch_size=32, scales=(1,))
+    sizes = [(17, 1), (16, 2), (30, 10)]  # images and glimpses of each: over PATCHES_PER_PASS in the last
+    inputs = [(glimpse.build_pyramid(canvases(B), (1,), 32), torch.rand(B, M, 2) * 2 - 1) for B, M in sizes]
+    expected = [(net.context(pyramid), net(pyramid, location)) for pyramid, location in inputs]
+    net.speed_up(torch.bfloat16 if precision == "bf16" else torch.float32, compiles=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        ours = [(net.context(pyramid), net(pyramid, location)) for pyramid, location in inputs]
+    for values, others in zip(ours, expected, strict=True):
+        for value, other in zip(values, others, strict=True):
+            assert value.dtype == torch.float32 and (value - other).norm() < tolerance * other.norm()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 # --- gradients and loss
@@ -420,7 +460,7 @@ def test_estimator_is_the_gradient_of_the_expected_reward(supervision: str, make
 
     noise = torch.randn(2, 1, M, 2)
     location, log_prob = zip(
-        *(net.sample_location(attention[t].expand(1, M, 4), noise[t], "learned") for t in range(2))
+        *(net.sample_location(attention[t].expand(1, M, 4), noise[t], "learned", t) for t in range(2))
     )
     hit = torch.stack(location, dim=2)[..., 0] > 0  # [1, M, T]
     correct = hit.cummax(-1).values.float()  # after the first glimpse, after either of the two
@@ -446,7 +486,7 @@ def test_reinforce_moves_the_location_towards_the_reward(make_model) -> None:
     labels = torch.zeros(1, dtype=torch.long)
     for _ in range(150):
         location, log_prob = net.sample_location(
-            torch.softmax(attention, -1).expand(1, 64, 4), torch.randn(1, 64, 2), "learned"
+            torch.softmax(attention, -1).expand(1, 64, 4), torch.randn(1, 64, 2), "learned", 0
         )
         correct = (location[..., 0] < -0.1).float()  # [1, 64]
         logits = torch.stack([correct, 1 - correct], dim=-1)

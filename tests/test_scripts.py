@@ -3,12 +3,15 @@
 import contextlib
 import hashlib
 import io
+import json
 import math
+import random
 import re
 import resource
 import shlex
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -27,6 +30,7 @@ from conftest import (
     BACKBONE,
     SMALL,
     NarrowResNet,
+    annotate,
     draw_image,
     fails,
     finish,
@@ -40,7 +44,7 @@ from conftest import (
     without_seconds,
     write_list,
 )
-from PIL import Image
+from PIL import ExifTags, Image
 from scipy.io import loadmat
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -146,17 +150,19 @@ def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, c
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"9 test images of {shared[1]}, classifier of epoch {read(out / 'saved_model.tar')['epoch'] + 1}"
     assert lines[1] == f"3 classes: toy breed 1, toy breed 2, toy breed 3; split as in {shared[1]}/lists"
-    assert lines[-2] == (
-        f"predictions in {out / 'predictions_learned.csv'}, accuracy of each class in {out / 'per_class_learned.csv'}"
-    )
+    assert lines[-5:-1] == [
+        f"predictions in {out / 'predictions_learned.csv'}",
+        f"accuracy per class in {out / 'per_class_learned.csv'}",
+        f"confusion matrix in {out / 'confusion_learned.csv'}",
+        f"all figures in {out / 'results_learned.json'}",
+    ]
     assert lines[-1] == (
         f"next: python main.py --task=view_glimpses --data_dir {shared[1]} --save_dir {out}"  # what can be typed
     )
-    assert [(line[:15].rstrip(), line[15:35].rstrip()) for line in lines[2:9]] == [
-        ("policy learned", "deterministic"),
-        ("policy learned", "sampled trajectory"),
-        ("policy learned", "average of 3"),
-        *((f"glimpse {t}", estimate) for t in (1, 2) for estimate in ("deterministic", "sampled trajectory")),
+    subjects = ("policy learned", "glimpse 1", "glimpse 2")
+    kinds = ("deterministic", "sampled trajectory", "average of 3")
+    assert [(line[:15].rstrip(), line[15:35].rstrip()) for line in lines[2:11]] == [
+        (subject, estimate) for subject in subjects for estimate in kinds
     ]
 
     run(main, [*shared, "--task", "view_glimpses", "--n_samples", "4"])
@@ -245,10 +251,30 @@ def test_probe_is_the_optimum_and_reads_what_is_there(make_data, tmp_path: Path,
     for folder, color in zip(sorted((data_dir / "Images").iterdir()), ("red", "green", "blue")):
         for file in folder.iterdir():
             Image.new("RGB", (64, 64), color).save(file)
-    run(pretrain, ["--data_dir", str(data_dir), "--save_dir", str(tmp_path / "out"), *SMALL, *BACKBONE, "--task=probe"])
-    *_, accuracy, following = capsys.readouterr().out.splitlines()
+    out = tmp_path / "out"
+    argv = ["--data_dir", str(data_dir), "--save_dir", str(out), *SMALL, *BACKBONE]
+    run(pretrain, [*argv, "--task=probe"])
+    *_, accuracy, where, following = capsys.readouterr().out.splitlines()
     assert accuracy == "test accuracy 1.0000" and following.startswith("next: python pretrain.py --data_dir ")
-    assert not (tmp_path / "out").exists()
+    assert where == f"all figures in {out / 'probe_32.json'}"
+    # As it is, as a larger image, and by a backbone of an earlier run, unless that has seen what is tested.
+    run(pretrain, [*argv, "--epochs", "0"])
+    best = out / "pt_glimpse_model.tar"
+    run(pretrain, [*argv, "--task=probe", "--patch_size", "64", "--weights", str(best)])
+    assert f"at 64 pixels, features of {best} weights" in capsys.readouterr().out
+    results = [json.loads((out / f"probe_{side}.json").read_text()) for side in (32, 64)]
+    assert [result["images"] for result in results] == [24, 24]
+    figures = results[1]["figures"]["probe"]["linear probe"]
+    assert figures["accuracy"] == 1 and figures["interval"] == pytest.approx([24 / (24 + 1.96**2), 1])
+    small, large = (result["multiply_adds"]["linear probe"] for result in results)
+    assert small == pretrain.multiply_adds(ARCH, 32, 3) and 3.9 < large / small < 4.1
+    content = read(best)
+    content["data"]["fingerprints"]["training"] = content["data"]["fingerprints"]["validation"]
+    torch.save(content, best)
+    refused = fails(pretrain, [*argv, "--task=probe", "--weights", str(best)])
+    assert "validation images were used in training" in refused and str(best) in refused
+    refused = fails(pretrain, [*argv, "--weights", str(best), "--save_dir", str(tmp_path / "other")])
+    assert "validation images were used in training" in refused
     list_path = data_dir / "lists" / "test_list.mat"
     names = [name.item() for name in loadmat(list_path)["file_list"].ravel()]
     write_list(list_path, names[:8], [1] * 8)
@@ -404,6 +430,7 @@ def test_each_policy_has_tables_of_its_own(main_args: list[str], save_dir: Path,
     with torch.no_grad():
         rollout = net(torch.stack([canvas for canvas, *_ in canvases]), torch.zeros(9, 1, 2, 2), "learned")
     tables = {}
+    classes_of = images.class_names
     for policy, wanted in (
         ("learned", ("deterministic", "average of 3")),
         ("center", ("deterministic",)),
@@ -414,6 +441,13 @@ def test_each_policy_has_tables_of_its_own(main_args: list[str], save_dir: Path,
         report = capsys.readouterr().out
         rows, classes = (read_log(save_dir / f"{table}_{policy}.csv") for table in ("predictions", "per_class"))
         tables[policy] = rows
+        results = json.loads((save_dir / f"results_{policy}.json").read_text())
+        assert results["settings"]["policy"] == policy and results["images"] == 9
+        assert results["made_by"]["torch"] == torch.__version__ and results["settings"]["n_trajectories"] == 3
+        last = [row for row in rows if row["estimate"] == wanted[-1]]
+        for line in read_log(save_dir / f"confusion_{policy}.csv"):
+            mine = [row["predicted_class"] for row in last if row["true_class"] == line["true_class"]]
+            assert {name: int(line[name]) for name in classes_of} == {name: mine.count(name) for name in classes_of}
         assert list(dict.fromkeys(row["estimate"] for row in rows)) == list(wanted) and len(rows) == 9 * len(wanted)
         assert list(rows[0])[:5] == ["file", "estimate", "true_class", "predicted_class", "probability"]
         for estimate in wanted:
@@ -424,6 +458,10 @@ def test_each_policy_has_tables_of_its_own(main_args: list[str], save_dir: Path,
             correct = [row["true_class"] == row["predicted_class"] for row in mine]
             figures = find_result(report, f"policy {policy}", estimate)
             assert figures["accuracy"] == pytest.approx(sum(correct) / 9, abs=1e-4)
+            figures_written = results["figures"][f"policy {policy}"][estimate]
+            assert figures_written["accuracy"] == pytest.approx(sum(correct) / 9)
+            low, high = figures_written["interval"]
+            assert 0 <= low < sum(correct) / 9 + 1e-9 and sum(correct) / 9 - 1e-9 < high <= 1
             per_class = [float(row[estimate.replace(" ", "_")]) for row in classes]
             assert figures["mean_per_class"] == pytest.approx(sum(per_class) / 3, abs=1e-4)
             places = [[row[f"{axis}_{t}"] for t in (1, 2) for axis in "xy"] for row in mine]
@@ -470,7 +508,7 @@ def test_predict_draws_and_labels_the_deterministic_trajectory(
 ) -> None:
     """What is printed is the average over all trajectories, and says so."""
     run(main, [*main_args, *MODEL, "--std_dev", "3", "--epochs", "2"])
-    draw_image(np.random.default_rng(5), 90, 90).save(tmp_path / "photo.png")
+    draw_image(np.random.default_rng(7), 90, 90).save(tmp_path / "photo.png")
     drawn = collect_panels(monkeypatch)
     capsys.readouterr()
     run(main, [*main_args, "--task=predict", "--n_trajectories=4", "--images", str(tmp_path / "photo.png")])
@@ -778,6 +816,109 @@ def test_threads_of_data_parallel_compute_in_bfloat16() -> None:
     for thread in threads:
         thread.join()
     assert types == [torch.bfloat16] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [main, pretrain])
+def test_compiled_run_is_like_the_eager_one(
+    script: ModuleType, pretrain_args: list[str], main_args: list[str], tmp_path: Path
+) -> None:
+    args, log, best = {
+        pretrain: (pretrain_args, "pt_log.csv", "pt_glimpse_model.tar"),
+        main: (main_args, "log.csv", "saved_model.tar"),
+    }[script]
+    flags = ["--epochs", "2", "--overwrite", "--save_dir"]
+    backbone = args[args.index("--save_dir") + 1] + "/pt_glimpse_model.tar"
+    args = [*args, "--backbone", backbone] if script is main else args
+    for name, how in (("eager", []), ("compiled", ["--compile"])):
+        run(script, [*args, *flags, str(tmp_path / name), *how])
+        run(script, [*args, "--task=test", "--save_dir", str(tmp_path / name), *how])
+    eager, compiled = (read_log(tmp_path / name / log) for name in ("eager", "compiled"))
+    for row, other in zip(eager, compiled, strict=True):
+        for name in set(row) - {"seconds"}:
+            assert float(row[name]) == pytest.approx(float(other[name]), rel=0.05, abs=0.02), name
+    eager, compiled = (read(tmp_path / name / best) for name in ("eager", "compiled"))
+    assert eager.keys() == compiled.keys() and list(eager["model_dict"]) == list(compiled["model_dict"])
+    if script is main:
+        frozen = {key for key in eager["model_dict"] if key.startswith("glimpse.")}
+        assert frozen and all(torch.equal(eager["model_dict"][key], compiled["model_dict"][key]) for key in frozen)
+
+
+def test_what_cannot_be_compiled_is_refused(main_args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["main.py", "--compile", "--gpus", "0,1"])
+    with pytest.raises(utils.UserError, match="with `torchrun --nproc_per_node=2 main.py --compile --gpus 0,1`"):
+        utils.refuse_to_compile([0, 1])
+    utils.refuse_to_compile([1])  # a GPU needs no C++ compiler
+    monkeypatch.setenv("CXX", "no_such_compiler")
+    refused = fails(main, [*main_args, "--compile", "--epochs", "1"])
+    assert refused.startswith("error: --compile needs a C++ compiler, and no_such_compiler was not found")
+    monkeypatch.delenv("CXX")
+    torch._dynamo.reset()
+    from torch._inductor import config  # takes seconds
+
+    with config.patch({"force_disable_caches": True, "cpp.cxx": ("false",)}):  # a compiler that always fails
+        assert fails(main, [*main_args, "--compile", "--epochs", "1"]).startswith("error: --compile does not work here")
+
+
+# --- rivals
+
+
+def test_operations_are_those_of_the_layers() -> None:
+    """A classifier of five passes, two contexts shared by its trajectories; and the layers counted by hand."""
+    backbone, settings = {"arch": "resnet18", "patch_size": 32}, main.Settings(k=1, start_size=1, rnn_hidden=16)
+    convolutions = 0
+    side = {"0": 32, "4": 16, "5": 8, "6": 4, "7": 2}  # of what the layer puts out
+    for name, module in build_backbone("resnet18").named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            convolutions += module.weight.numel() * side[name.partition(".")[0]] ** 2
+    probe = pretrain.multiply_adds("resnet18", 32, 120)
+    assert probe == convolutions + 512 * 120
+    once, many = (main.multiply_adds(settings, backbone, 120, n) for n in (1, 7))
+    lstm, classifier, baseline = 4 * 16 * (512 + 16), 16 * 120, 512 + 16
+    of_glimpse = convolutions + lstm + classifier + baseline
+    assert once == convolutions + 4 * 512 + of_glimpse and many == once + 6 * of_glimpse
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_boxes_follow_the_augmented_crop(seed: int, tmp_path: Path) -> None:
+    pixels = np.zeros((60, 90), dtype=np.uint8)
+    pixels[20:40, 38:50] = 255
+    file = tmp_path / "Images" / "breed" / "dog.png"
+    file.parent.mkdir(parents=True)
+    Image.fromarray(pixels).save(file)
+    annotate(tmp_path, {file: [(38, 20, 50, 40), (0, 0, 1, 1)]}, 90, 60)
+    [dogs] = dataset.read_dogs(tmp_path, dataset.ImageList([file], [0], ["breed"]))
+    canvas = dataset.load_canvas(file, 120, random.Random(seed))[0] > 127
+    rows, columns = canvas.any(1).nonzero().flatten(), canvas.any(0).nonzero().flatten()
+    seen = torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / 120
+    boxes = dataset.boxes_on_canvas(dogs, random.Random(seed))
+    assert (boxes[0] - seen).abs().max() < 0.02
+    center = (seen[:2] + seen[2:]) - 1
+    assert (dataset.location_of_dog(boxes.flip(0)) - center).abs().max() < 0.03  # of the larger one
+    assert dataset.location_of_dog(torch.empty(0, 4)).tolist() == [0, 0]
+
+
+def test_oracle_looks_at_the_dogs(main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    data_dir = Path(main_args[1])
+    refused = fails(main, [*main_args, *MODEL, "--policy=oracle", "--epochs", "1"])
+    assert refused.startswith("error: --policy oracle looks at annotated dogs: there are none in")
+    for part in ("train", "test"):
+        for file in dataset.read_list(data_dir, part).files:
+            width, height = Image.open(file).size
+            annotate(data_dir, {file: [(width * 0.3, height * 0.4, width * 0.5, height * 0.5)]}, width, height)
+    run(main, [*main_args, *MODEL, "--policy=oracle", "--epochs", "2"])
+    assert {"valid_hit_rate_1", "valid_nll_2", "valid_coverage_2"} <= read_log(save_dir / "log.csv")[0].keys()
+    for row in read_log(save_dir / "log.csv"):
+        assert float(row["valid_hit_rate_1"]) == float(row["valid_hit_rate_2"]) == 1
+        assert float(row["train_distance_from_center"]) > 0.05 and float(row["train_reinforce"]) == 0
+    capsys.readouterr()
+    run(main, [*main_args, "--task=test"])
+    report = capsys.readouterr().out
+    assert find_result(report, "glimpse 2", "deterministic")["distance_to_dog"] == 0
+    assert find_result(report, "policy oracle", "deterministic") and "average of" not in report
+    run(main, [*main_args, "--task=view_glimpses"])
+    refused = fails(main, [*main_args, "--task=predict", "--images", str(data_dir)])
+    assert "choose another for --task=predict" in refused
 
 
 # --- what goes wrong
@@ -1154,12 +1295,16 @@ def test_test_reports_hit_rates_where_boxes_are_known(
     main_args: list[str], save_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     run(main, [*main_args, *MODEL, "--epochs", "1"])
-    images, table = dataset.read_list(main_args[1], "test"), Path(main_args[1]) / "lists" / "dogs.csv"
-    names = ["/".join(file.parts[-2:]) for file in images.files]
-    boxes = [(i / 20, 0.4, 1.0, 0.5 + i / 40) for i in range(9)]
-    rows = [f"{name},{','.join(map(str, box))}\n" for name, box in zip(names, boxes)]
-    table.write_text("file,left,top,right,bottom\n" + "".join(reversed(rows)))
-    assert torch.allclose(dataset.read_dog_boxes(main_args[1], images), torch.tensor(boxes))
+    files = dataset.read_list(main_args[1], "test").files
+    square = [(i / 20, 0.4, 1.0, 0.51 + i / 40) for i in range(8)]  # on a canvas of side 1; the ninth has no annotation
+    for file, (left, top, right, bottom) in zip(files, square):
+        width, height = Image.open(file).size
+        side = min(width, height)
+        x, y = (width - side) / 2, (height - side) / 2
+        box = (x + left * side, y + top * side, x + right * side, y + bottom * side)
+        annotate(Path(main_args[1]), {file: [box]}, width, height)
+    boxes = dataset.boxes_of_dogs(dataset.read_dogs(main_args[1], dataset.read_list(main_args[1], "test")))
+    assert torch.allclose(boxes[:8, 0], torch.tensor(square), atol=1e-5) and boxes[8].isnan().all()
 
     # The deterministic trajectory starts 0.29 to the left of the centre, then goes to it; a sampled one goes astray.
     location = torch.tensor([[[-0.58, 0.0], [0.0, 0.0]], [[0.0, 0.0], [-0.9, 0.9]]]).expand(9, 2, 2, 2)
@@ -1168,23 +1313,81 @@ def test_test_reports_hit_rates_where_boxes_are_known(
         patch.setattr(main, "evaluate", lambda *_: [torch.full((9, 2, 2, 3), 1 / 3), location])
         run(main, [*main_args, "--task=test", "--n_trajectories=1"])
     report = capsys.readouterr().out
-    assert report.splitlines()[5:9] == [
-        "glimpse 1      deterministic       distance_from_center 0.2900  hit_rate 0.5556",  # boxes with left <= 0.2
-        "glimpse 1      sampled trajectory  distance_from_center 0.0000  hit_rate 1.0000",
-        "glimpse 2      deterministic       distance_from_center 0.0000  hit_rate 1.0000",
-        "glimpse 2      sampled trajectory  distance_from_center 0.6364  hit_rate 0.0000",
-    ]
+
+    def by_hand(x: float, y: float) -> list[str]:
+        """The gaze at one place of the canvas, for which the finest patch covers a quarter of the side."""
+        hits = distance = covered = 0.0
+        corner = [round((place - 0.125) * 128) / 128 for place in (x, y)]  # on the grid of pixels
+        for left, top, right, bottom in square:
+            hits += left <= x <= right and top <= y <= bottom
+            distance += math.hypot((left + right) / 2 - x, (top + bottom) / 2 - y)
+            width = min(corner[0] + 0.25, right) - max(corner[0], left)
+            height = min(corner[1] + 0.25, bottom) - max(corner[1], top)
+            covered += max(0, width) * max(0, height) / ((right - left) * (bottom - top))
+        return [f"hit_rate {hits / 8:.4f}  distance_to_dog {distance / 8:.4f}  coverage {covered / 8:.4f}"]
+
+    guess = "accuracy 0.3333  nll 1.0986"
+    expected = {
+        "glimpse 1      deterministic": [guess, "distance_from_center 0.2900", *by_hand(0.21, 0.5)],
+        "glimpse 1      sampled trajectory": [guess, "distance_from_center 0.0000", *by_hand(0.5, 0.5)],
+        "glimpse 1      average of 1": [guess],
+        "glimpse 2      deterministic": [guess, "distance_from_center 0.0000", *by_hand(0.5, 0.5)],
+        "glimpse 2      sampled trajectory": [guess, "distance_from_center 0.6364", *by_hand(0.05, 0.95)],
+        "glimpse 2      average of 1": [guess],
+        "to compare     at the centre": by_hand(0.5, 0.5),
+    }
+    lines = report.splitlines()[5:]
+    for line, (subject, figures) in zip(lines, expected.items()):
+        assert (line[:35].rstrip(), line[35:]) == (subject, "  ".join(figures))
+    at_random = {name: float(value) for name, value in re.findall(r"([a-z_]+) (\d\.\d{4})", lines[7][35:])}
+    area = statistics.mean((right - left) * (bottom - top) for left, top, right, bottom in square)
+    assert at_random["hit_rate"] == pytest.approx(area, abs=0.02) and lines[7].startswith("to compare     anywhere")
+    assert lines[8] == "dogs are annotated in 8 of 9 images"
     figures = toy_table.read_report(report)
-    policies = [f"policy {estimate}" for estimate in ("deterministic", "sampled trajectory", "average of 1")]
-    glimpses = [f"glimpse {t} {estimate}" for t in (1, 2) for estimate in ("deterministic", "sampled trajectory")]
-    assert list(figures) == [
-        *(f"{policy} {name}" for policy in policies for name in ("accuracy", "mean_per_class", "top5", "nll")),
-        *(f"{glimpse} {name}" for glimpse in glimpses for name in ("distance_from_center", "hit_rate")),
-    ]
-    assert [f"{value:.4f}" for value in figures.values()] == re.findall(r"\d\.\d{4}", report)
-    for broken in ("".join(rows), "file,left,top,right,bottom\n" + "".join(rows[1:])):
-        table.write_text(broken)
-        assert f"{table} does not match" in fails(main, [*main_args, "--task=test"])
+    assert figures["policy deterministic accuracy"] == pytest.approx(1 / 3, abs=1e-4)
+    assert figures["glimpse 1 deterministic hit_rate"] == 5 / 8  # boxes with left <= 0.2
+    path = Path(main_args[1]) / "Annotation" / files[0].parent.name / files[0].stem
+    for broken in (
+        "no XML",
+        '<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>',
+        path.read_text().replace("<xmin>", "<x>").replace("</xmin>", "</x>"),
+        re.sub(r"<width>\d+", "<width>0", path.read_text()),
+        path.read_text().encode("utf-16").decode("latin-1"),
+    ):
+        path.write_text(broken, encoding="latin-1")
+        refused = fails(main, [*main_args, "--task=test"])
+        assert refused.startswith(f"error: annotation {path} cannot be read (") and "fetch it again" in refused
+
+
+def test_boxes_survive_the_way_of_the_image(tmp_path: Path) -> None:
+    """A dog of white pixels, stored in every EXIF orientation, of which the crop cuts some off."""
+
+    def boxes_in(files: list[Path]) -> torch.Tensor | None:
+        return dataset.boxes_of_dogs(dataset.read_dogs(data_dir, dataset.ImageList(files, [0] * len(files), ["breed"])))
+
+    data_dir = tmp_path / "dogs"
+    for width, height in ((90, 60), (60, 100)):
+        pixels = np.zeros((height, width), dtype=np.uint8)
+        left, top, right, bottom = 3, 8, 40, 50
+        pixels[top:bottom, left:right] = 255
+        for orientation in range(1, 9):
+            file = data_dir / "Images" / "breed" / f"{width}_{orientation}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            exif = Image.Exif()
+            exif[ExifTags.Base.Orientation] = orientation
+            Image.fromarray(pixels).save(file, exif=exif)
+            canvas = dataset.load_canvas(file, 120)[0] > 127
+            rows, columns = canvas.any(1).nonzero().flatten(), canvas.any(0).nonzero().flatten()
+            seen = [columns[0] / 120, rows[0] / 120, (columns[-1] + 1) / 120, (rows[-1] + 1) / 120]
+            dogs = [(-9, -9, -3, -3), (left, top, right, bottom), (left, top, right, bottom)]  # the first lies outside
+            annotate(data_dir, {file: dogs}, width, height)
+            boxes = boxes_in([file])
+            assert boxes.shape == (1, 2, 4)
+            assert (boxes - torch.stack(seen)).abs().max() < 0.02, (width, orientation)
+    files = [data_dir / "Images" / "breed" / "unknown.png", file]
+    boxes = boxes_in(files)
+    assert boxes[0].isnan().all() and boxes[1].isfinite().all()
+    assert boxes_in(files[:1]) is None
 
 
 def test_supervision_is_the_flags(main_args: list[str], save_dir: Path) -> None:
@@ -1223,9 +1426,8 @@ def test_toy_table_is_of_the_reports_and_continued(
     make_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     data_dir, out, calls = make_data(), tmp_path / "table", []
-    names = ["/".join(file.parts[-2:]) for file in dataset.read_list(data_dir, "test").files]
-    rows = [f"{name},0.4,0.4,0.6,{0.6 if i % 2 else 0.45}\n" for i, name in enumerate(names)]
-    (data_dir / "lists" / "dogs.csv").write_text("file,left,top,right,bottom\n" + "".join(rows))
+    for i, file in enumerate(dataset.read_list(data_dir, "test").files):
+        annotate(data_dir, {file: [(4, 4, 6, 6 if i % 2 else 4.5)]}, 10, 10)
 
     def run_here(script: str, flags: list[str]) -> str:  # in this process, which has PyTorch loaded
         calls.append(script)

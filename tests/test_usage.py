@@ -1,6 +1,7 @@
 """What users ask for: predictions in tables, progress that can be watched, useful help."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -10,9 +11,12 @@ from dataclasses import Field, fields
 from pathlib import Path
 from types import ModuleType
 
+import plot
 import pytest
 import torch
 from conftest import ARCH, BACKBONE, SMALL, fails, fit, read_log, run, save_backbone, without_seconds
+from matplotlib import pyplot
+from PIL import Image
 
 import main
 import pretrain
@@ -20,6 +24,66 @@ import utils
 from model import Rollout
 
 CLASSIFIER = ["--rnn_hidden", "8", "--k", "1", "--start_size", "4", "--n_glimpses", "2"]
+
+
+# --- pictures of logs
+
+
+def test_learning_curves_are_drawn_from_the_logs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, log in (("a", "log.csv"), ("b", "pt_log.csv")):
+        (tmp_path / name).mkdir()
+        accuracy = "valid_accuracy" if log == "log.csv" else "valid_accuracy_123"
+        rows = [f"epoch,train_loss,valid_nll,{accuracy}", "1,2.5,1.5,0.2", "2,1.5,1.1,0.6"]
+        (tmp_path / name / log).write_text("\n".join(rows))
+    out = tmp_path / "curves.png"
+    plot.main(["curves", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)])
+    assert capsys.readouterr().out == f"curves drawn in {out}\n"
+    with Image.open(out) as image:
+        assert image.size[0] > 2 * image.size[1] and len(image.convert("RGB").getcolors(2**16)) > 50
+    figure = pyplot.gcf()
+    drawn = [[line.get_ydata() for line in panel.get_lines()] for panel in figure.axes]
+    assert [[tuple(line) for line in panel] for panel in drawn] == [
+        [(2.5, 1.5)] * 2,
+        [(1.5, 1.1)] * 2,
+        [(0.2, 0.6)] * 2,
+    ]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a, classifier", "b, pre-training"]
+    with pytest.raises(SystemExit, match="no pt_log.csv or log.csv in"):
+        plot.main(["curves", str(tmp_path)])
+
+
+def test_rivals_are_drawn_from_what_tests_and_probes_wrote(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def write(path: Path, subject: str, figures: dict[str, tuple[float, int]], **settings: object) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = {name: {"accuracy": x, "interval": [x - 0.1, x + 0.2]} for name, (x, _) in figures.items()}
+        cost = {name: cost for name, (_, cost) in figures.items()}
+        content = {"images": 50, "multiply_adds": cost, "figures": {subject: values, "glimpse 1": values}}
+        path.write_text(json.dumps({**content, "settings": settings}))
+
+    sizes = {"k": 1, "start_size": 2, "n_glimpses": 2}
+    estimates = {"deterministic": (0.5, 3 * 10**9), "average of 7": (0.6, 9 * 10**9)}
+    write(tmp_path / "1" / "results_learned.json", "policy learned", estimates, policy="learned", **sizes)
+    write(
+        tmp_path / "2" / "3" / "results_learned.json", "policy learned", estimates, policy="learned", **sizes | {"k": 2}
+    )
+    write(tmp_path / "probe_96.json", "probe", {"linear probe": (0.3, 10**9)}, weights="a/b.pth", patch_size=96)
+    (tmp_path / "other.json").write_text("{}")
+    plot.main(["rivals", str(tmp_path), "--out", str(tmp_path / "rivals.png")])
+    assert capsys.readouterr().out.splitlines()[2:-1] == [
+        "| learned | k 1, start_size 2, 2 glimpses | 3.0 | 50.0 | 40.0 to 70.0 |",
+        "| learned | k 2, start_size 2, 2 glimpses | 3.0 | 50.0 | 40.0 to 70.0 |",
+        "| learned, average of 7 | k 1, start_size 2, 2 glimpses | 9.0 | 60.0 | 50.0 to 80.0 |",
+        "| learned, average of 7 | k 2, start_size 2, 2 glimpses | 9.0 | 60.0 | 50.0 to 80.0 |",
+        "| linear probe, b | whole image at 96 pixels | 1.0 | 30.0 | 20.0 to 50.0 |",
+    ]
+    [panel] = pyplot.gcf().axes
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == [
+        *("learned", "learned, average of 7", "linear probe, b")
+    ]
+    with Image.open(tmp_path / "rivals.png") as image:
+        assert len(image.convert("RGB").getcolors(2**16)) > 50
+    with pytest.raises(SystemExit, match="no results_"):
+        plot.main(["rivals", str(tmp_path / "2" / "3" / "none")])
 
 
 # --- output
@@ -53,11 +117,13 @@ def test_confused_classes_by_hand() -> None:
     names = ["cat", "dog", "cow"]
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
     predictions = torch.tensor([1, 1, 1, 0, 1, 0, 2])
-    lines = main.most_confused(predictions, labels, names)
-    assert lines == ["cat taken for dog: 3 of 4", "dog taken for cat: 1 of 2"]
-    assert main.most_confused(labels, labels, names) == []
+    matrix = main.confusion_matrix(predictions, labels, 3)
+    assert matrix.tolist() == [[1, 3, 0], [1, 1, 0], [0, 0, 1]]
+    assert main.most_confused(matrix, names) == ["cat taken for dog: 3 of 4", "dog taken for cat: 1 of 2"]
+    assert main.most_confused(main.confusion_matrix(labels, labels, 3), names) == []
     many = torch.arange(20)
-    assert len(main.most_confused(many.roll(1), many, [str(i) for i in range(20)])) == main.N_CONFUSED
+    matrix = main.confusion_matrix(many.roll(1), many, 20)
+    assert len(main.most_confused(matrix, [str(i) for i in range(20)])) == main.N_CONFUSED
 
 
 def test_rewards_are_of_the_supervised_predictions() -> None:
@@ -179,7 +245,7 @@ def test_flags_without_effect_are_refused(script: ModuleType, task: str, capsys:
             refused.add(field.name)
     training = {"epochs", "lr", "resume_training", "overwrite", "tensorboard"}
     assert refused >= training if task != "train" else not refused & {*training, "data_dir", "backbone", "weights"}
-    assert not refused & {"device", "gpus", "precision"} and ("save_dir" in refused) == (task == "probe")
+    assert not refused & {"device", "gpus", "precision", "save_dir"}
     for name, users in {
         "images": {"predict"},
         "imgs_dir": {"predict", "view_glimpses"},
@@ -190,6 +256,7 @@ def test_flags_without_effect_are_refused(script: ModuleType, task: str, capsys:
         "batch_size": {"train", "test", "probe", "view_glimpses", "predict"},
         "skip_bad_images": {"train", "test", "probe"},
         "num_workers": {"train", "test", "probe"},
+        "compile": {"train", "test", "view_glimpses", "predict"},
     }.items():
         if name in script.Settings.__dataclass_fields__:
             assert (name in refused) == (task not in users), name
