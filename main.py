@@ -18,7 +18,6 @@ if __name__ == "__main__":  # Ctrl-C ends the script quietly while PyTorch is im
 
 import dataclasses
 import hashlib
-import itertools
 import math
 import os
 import random
@@ -96,13 +95,6 @@ class Settings(utils.SharedSettings):
 # --- training
 
 
-def training_noise(n_images: int, n_glimpses: int, seed: int, epoch: int, machine: Machine) -> Tensor:
-    """This process's shard of an epoch's noise, [n, 1, T, 2], drawn from (seed, epoch) alone."""
-    generator = torch.Generator().manual_seed(random.Random(f"gaze {seed} {epoch}").getrandbits(32))
-    noise = torch.randn(n_images, 1, n_glimpses, 2, generator=generator)
-    return noise[machine.rank :: machine.world_size][: n_images // machine.world_size]
-
-
 def at_the_dogs(boxes: Iterable[Tensor], n_glimpses: int) -> Tensor:
     """What policy "oracle" takes for noise, [N, 1, T, 2]: the locations of the dogs with these boxes, N x [n, 4]."""
     location = torch.stack([dataset.location_of_dog(of_image) for of_image in boxes])
@@ -115,6 +107,21 @@ def read_dogs(settings: Settings, images: ImageList) -> list[dataset.Dogs]:
     if settings.policy == "oracle" and not any(len(one.boxes) for one in dogs):
         raise UserError(f"--policy oracle looks at annotated dogs: there are none in {settings.data_dir}/Annotation")
     return dogs
+
+
+def training_noise(
+    dogs: list[dataset.Dogs], sampler: dataset.TrainSampler, settings: Settings, epoch: int, machine: Machine
+) -> Tensor:
+    """Noise of the images that the sampler gives this process, [n, 1, T, 2], drawn from (seed, epoch) alone.
+
+    For policy "oracle": the locations of the dogs in these images. dogs: in all images, for this policy only.
+    """
+    if settings.policy == "oracle":
+        boxes = (dataset.boxes_on_canvas(dogs[index], random.Random(drawn)) for index, drawn in sampler)
+        return at_the_dogs(boxes, settings.n_glimpses)
+    generator = torch.Generator().manual_seed(random.Random(f"gaze {settings.seed} {epoch}").getrandbits(32))
+    noise = torch.randn(sampler.n_images, 1, settings.n_glimpses, 2, generator=generator)
+    return noise[machine.rank :: machine.world_size][: len(sampler)]
 
 
 def distance_from_center(location: Tensor) -> Tensor:
@@ -317,8 +324,8 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     loading = machine.loading(settings.batch_size, settings.num_workers) | {"canvas_size": model.glimpse.canvas_size}
     train_loader = dataset.make_training_loader(train_list, seed=settings.seed, **loading)
     valid_loader = dataset.make_evaluation_loader(valid_list, **loading)
-    policy, n_glimpses, seed = settings.policy, settings.n_glimpses, settings.seed
-    train_dogs, valid_dogs = (read_dogs(settings, images) for images in (train_list, valid_list))
+    policy, valid_dogs = settings.policy, read_dogs(settings, valid_list)
+    train_dogs = read_dogs(settings, train_list) if policy == "oracle" else []
     valid_noise, boxes = single_noise(valid_dogs, settings), dataset.boxes_of_dogs(valid_dogs)
     with run.training(model, train_list.split_rule, {"model_dict": model}) as epochs:
         if last:
@@ -329,16 +336,12 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
             for group, lr in zip(optimizer.param_groups, (settings.lr, settings.attention_lr)):
                 group["lr"] = utils.learning_rate(lr, settings.lr_schedule, epoch, settings.epochs)
             lr, attention_lr = (group["lr"] for group in optimizer.param_groups)
-            if policy == "oracle":
-                keys = ((train_dogs[i], random.Random(drawn)) for i, drawn in train_loader.sampler)
-                noise = at_the_dogs(itertools.starmap(dataset.boxes_on_canvas, keys), n_glimpses)
-            else:
-                noise = training_noise(len(train_list.files), n_glimpses, seed, epoch, machine)
+            noise = training_noise(train_dogs, train_loader.sampler, settings, epoch, machine)
             means = train_one_epoch(net, train_loader, noise, settings, optimizer, machine, title)
             valid = validate(net, valid_loader, valid_noise, policy, machine, boxes, model.glimpse)
             seconds = time.perf_counter() - start
             if run.board:
-                watched = fixed_choice(len(valid_list.files), N_WATCHED, seed)
+                watched = fixed_choice(len(valid_list.files), N_WATCHED, settings.seed)
                 drawn = valid_list.subset(watched), model.eval(), valid_noise[watched], settings, machine
                 for i, drawing in enumerate(draw_images(*drawn)):
                     run.board.add_image(f"validation/{i}", pil_to_tensor(drawing.panel), epoch + 1)

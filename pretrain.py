@@ -123,6 +123,14 @@ def evaluate(net: nn.Module, loader: DataLoader, machine: Machine, title: str) -
     return {name: value.item() for name, value in means.items()}
 
 
+def refuse_single_images(n_images: int, settings: Settings, machine: Machine) -> None:
+    """Raise UserError if some GPU would have one image of this process's batch of n, too few for BatchNorm."""
+    if min(map(len, torch.arange(n_images).chunk(max(1, len(machine.gpus))))) < 2:
+        raise UserError(
+            f"--batch_size {settings.batch_size} leaves one image to a GPU or process: BatchNorm needs at least two"
+        )
+
+
 def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> None:
     """Fine-tune the backbone and keep it at its best, the epoch with the lowest NLL of head 123 on validation."""
     run = utils.Run(settings, machine, FILES, last)
@@ -134,10 +142,7 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     # A ragged batch could hold a single image, too few for BatchNorm.
     train_loader = dataset.make_training_loader(train_list, seed=settings.seed, drop_last=True, **loading)
     valid_loader = dataset.make_evaluation_loader(valid_list, **loading)
-    if min(map(len, torch.arange(train_loader.batch_size).chunk(max(1, len(machine.gpus))))) < 2:
-        raise UserError(
-            f"--batch_size {settings.batch_size} leaves one image to a GPU or process: BatchNorm needs at least two"
-        )
+    refuse_single_images(train_loader.batch_size, settings, machine)
 
     torch.manual_seed(settings.seed)
     model = build_model(settings, len(train_list.class_names))

@@ -381,6 +381,8 @@ def set_up_machine(device: str, gpus: str, precision: str, compiles: bool = Fals
         chosen = choose_gpus(gpus, torch.cuda.device_count(), local_rank)
         place = torch.device("cuda", chosen[0])
         torch.cuda.set_device(place)
+        torch.backends.cudnn.benchmark = True  # shapes hardly change, so that the search for fast kernels pays
+        torch.set_float32_matmul_precision("high")  # TF32, as in convolutions by default: faster, and exact enough
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         chosen, place, has_bf16 = [], torch.device("cpu"), torch.cpu._is_avx512_bf16_supported()
