@@ -148,6 +148,21 @@ def draw_boxes(image: Image.Image, boxes: Tensor) -> Image.Image:
     return image
 
 
+def draw_dogs(image: Image.Image, boxes: Tensor) -> Image.Image:
+    """Copy a square image and outline the annotated boxes [n, 4] of dogs, thin and dashed, unlike those of glimpses."""
+    image = image.copy()
+    draw, dash = ImageDraw.Draw(image), 5
+    for left, top, right, bottom in (boxes * (image.width - 1)).round().int().tolist():
+        draw.rectangle((left, top, right, bottom), outline="black")
+        for x in range(left, right, 2 * dash):
+            draw.line([(x, top), (min(x + dash, right), top)], "white")
+            draw.line([(x, bottom), (min(x + dash, right), bottom)], "white")
+        for y in range(top, bottom, 2 * dash):
+            draw.line([(left, y), (left, min(y + dash, bottom))], "white")
+            draw.line([(right, y), (right, min(y + dash, bottom))], "white")
+    return image
+
+
 def draw_attention(context: Image.Image, attention: Tensor) -> Image.Image:
     """Copy the context, write the weights [4] on its quadrants, and darken all but the quadrant of the largest."""
     half = context.width // 2
@@ -171,11 +186,13 @@ def draw_panel(
     patch_size: int,
     caption: str,
     predictions: list[str],
+    dogs: Tensor,
 ) -> Image.Image:
     """Draw a trajectory over one image: the canvas with its boxes, and for each glimpse the attention and the patches.
 
     canvas: uint8 [3, S, S]; location: [T, 2]; attention: [T, 4], or None if the policy uses none; caption: one or more
-    lines; predictions: T lines, what is predicted after each glimpse. Pixels and boxes are those the network uses.
+    lines; predictions: T lines, what is predicted after each glimpse; dogs: annotated boxes [n, 4], if any. Pixels and
+    boxes of glimpses are those the network uses.
     """
     pyramid = build_pyramid(canvas.unsqueeze(0), scales, patch_size)
     context = extract_patches(pyramid, torch.zeros(1, 1, 2), (FULL_SCALE,), patch_size)[0, 0, 0]  # [3, P, P]
@@ -194,7 +211,8 @@ def draw_panel(
     panel = Image.new("RGB", (width, upper + side + gap), "white")
     draw = ImageDraw.Draw(panel)
     draw.text((gap, gap / 2), caption, "black", font)
-    panel.paste(draw_boxes(to_image(canvas, side), patch_boxes(location, scales, patch_size)), (gap, upper))
+    image = draw_dogs(to_image(canvas, side), dogs)
+    panel.paste(draw_boxes(image, patch_boxes(location, scales, patch_size)), (gap, upper))
     for t, color, prediction in zip(range(n_glimpses), GLIMPSE_COLORS * n_glimpses, predictions):
         x, y = left, upper + t * row
         draw.text((x, y + line + tile + gap / 2), prediction, color, font)

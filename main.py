@@ -342,8 +342,9 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
             seconds = time.perf_counter() - start
             if run.board:
                 watched = fixed_choice(len(valid_list.files), N_WATCHED, settings.seed)
-                drawn = valid_list.subset(watched), model.eval(), valid_noise[watched], settings, machine
-                for i, drawing in enumerate(draw_images(*drawn)):
+                shown = valid_list.subset(watched), [valid_dogs[i] for i in watched]
+                drawn = draw_images(*shown, model.eval(), valid_noise[watched], settings, machine)
+                for i, drawing in enumerate(drawn):
                     run.board.add_image(f"validation/{i}", pil_to_tensor(drawing.panel), epoch + 1)
             figures = {"train": means, "valid": valid, "lr": lr, "attention_lr": attention_lr, "seconds": seconds}
             is_best = run.save(epoch, valid["nll"], model, optimizer, **figures)
@@ -559,12 +560,17 @@ class Drawing(NamedTuple):
 
 @torch.no_grad()
 def draw_images(
-    images: ImageList, model: RecurrentAttention, noise: Tensor, settings: Settings, machine: Machine
+    images: ImageList,
+    dogs: list[dataset.Dogs],
+    model: RecurrentAttention,
+    noise: Tensor,
+    settings: Settings,
+    machine: Machine,
 ) -> Iterator[Drawing | UserError]:
     """Classify images along the trajectories of noise [N, M, T, 2], and draw the first one of each, in order.
 
     The first trajectory is the deterministic one unless the policy is random. The labels of the images may be unknown,
-    that is, missing. An image that cannot be read gives its error.
+    that is, missing, as may be the dogs. An image that cannot be read gives its error.
     """
     net, size = utils.MixedPrecision(model, machine), model.glimpse.canvas_size
     for start in range(0, len(images.files), settings.batch_size):
@@ -580,16 +586,26 @@ def draw_images(
             canvases = torch.stack([batch[i] for i in readable])
             rollout = net(canvases.to(machine.device), noise[readable].to(machine.device), settings.policy)
             rollout = Rollout(*(value.cpu() for value in rollout))
-            drawings = {
-                i: draw_one(images, i, canvases[j], rollout, j, model, settings.policy) for j, i in enumerate(readable)
-            }
+            for j, i in enumerate(readable):
+                boxes = dataset.boxes_on_canvas(dogs[i]) if dogs else torch.empty(0, 4)
+                drawings[i] = draw_one(images, i, boxes, canvases[j], rollout, j, model, settings.policy)
         yield from (drawings.get(i, canvas) for i, canvas in batch.items())
 
 
 def draw_one(
-    images: ImageList, i: int, canvas: Tensor, rollout: Rollout, row: int, model: RecurrentAttention, policy: str
+    images: ImageList,
+    i: int,
+    dogs: Tensor,
+    canvas: Tensor,
+    rollout: Rollout,
+    row: int,
+    model: RecurrentAttention,
+    policy: str,
 ) -> Drawing:
-    """Draw the first trajectory over image i, whose canvas is uint8 [3, S, S] and whose rollout is in this row."""
+    """Draw the first trajectory over image i, whose canvas is uint8 [3, S, S] and whose rollout is in this row.
+
+    dogs: annotated boxes [n, 4], if any.
+    """
     glimpse, location, names = model.glimpse, rollout.location[row, 0], images.class_names
     probabilities = rollout.logits[row].softmax(-1)  # [M, T, C]
     drawn = probabilities[0]  # [T, C]
@@ -600,7 +616,7 @@ def draw_one(
     title = f"{policy} policy, {'sampled' if policy == 'random' else 'deterministic'} trajectory\n{caption}"
     title = f"{images.files[i].name}: {title}"
     attention = rollout.attention[row, 0] if policy == "learned" else None
-    panel = draw_panel(canvas, location, attention, glimpse.scales, glimpse.patch_size, title, predictions)
+    panel = draw_panel(canvas, location, attention, glimpse.scales, glimpse.patch_size, title, predictions, dogs)
     boxes = patch_boxes(location, glimpse.scales, glimpse.patch_size)
     return Drawing(canvas, location, boxes, probabilities[:, -1], caption, panel)
 
@@ -625,7 +641,8 @@ def view_glimpses(settings: Settings, machine: Machine, checkpoint: dict[str, An
     utils.refuse_other_classes(checkpoint, images.class_names, settings.data_dir, settings.save_dir / FILES[0])
     images = images.subset(fixed_choice(len(images.files), settings.n_samples, settings.seed))
     model, n_images = load_classifier(settings, checkpoint, machine), len(images.files)
-    drawings = draw_images(images, model, single_noise(read_dogs(settings, images), settings), settings, machine)
+    dogs = read_dogs(settings, images)
+    drawings = draw_images(images, dogs, model, single_noise(dogs, settings), settings, machine)
     paths, on_sheet = [settings.imgs_dir / f"glimpse_{i}.jpg" for i in range(n_images)], []
     bar = tqdm(drawings, "view_glimpses", n_images, unit=" images", leave=False, disable=None)
     for path, drawing in zip(paths, bar):
@@ -655,7 +672,7 @@ def predict(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) ->
     model, images = load_classifier(settings, checkpoint, machine), ImageList(files, [], class_names)
     # The same noise for every image, so that its prediction does not depend on the others.
     noise = evaluation_noise(settings.policy, 1, settings.n_trajectories, model.n_glimpses, settings.seed)
-    drawings = draw_images(images, model, noise.expand(len(files), -1, -1, -1), settings, machine)
+    drawings = draw_images(images, [], model, noise.expand(len(files), -1, -1, -1), settings, machine)
     n_best, rows = min(5, len(class_names)), []
     for file, drawing in zip(files, tqdm(drawings, "predict", len(files), unit=" images", leave=False, disable=None)):
         if isinstance(drawing, UserError):

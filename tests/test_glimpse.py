@@ -12,6 +12,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 import glimpse
 
 PAIRS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 4)]  # every valid (k, start_size)
+NO_DOGS = torch.empty(0, 4)
 LOCATIONS = [(0.0, 0.0), (-1.0, -1.0), (1.0, -1.0), (-1.0, 1.0), (1.0, 1.0), (0.97, 0.1), (-0.3, -0.99)]
 
 
@@ -120,6 +121,24 @@ def test_coinciding_boxes_are_visible(n_glimpses: int) -> None:
             assert np.flatnonzero(drawn[64, right - 12 : right][::-1]).tolist() == expected
 
 
+def test_annotated_dogs_are_dashed_where_they_are() -> None:
+    dogs = torch.tensor([[0.25, 0.5, 0.75, 1.0], [0.0, 0.0, 0.1, 0.1]])
+    pixels = np.array(glimpse.draw_dogs(Image.new("RGB", (101, 101), "red"), dogs))
+    drawn = (pixels != (255, 0, 0)).any(2)
+    expected = np.zeros((101, 101), dtype=bool)
+    for left, top, right, bottom in ((25, 50, 75, 100), (0, 0, 10, 10)):
+        expected[[top, bottom], left : right + 1] = expected[top : bottom + 1, [left, right]] = True
+    assert (drawn == expected).all()
+    edge = pixels[50, 25:76, 0]
+    assert set(edge.tolist()) == {0, 255} and 0.3 < (edge == 0).mean() < 0.7 and (np.diff(edge) != 0).sum() > 5
+    canvas = to_tensor(natural_image(128))
+    panels = [
+        np.array(glimpse.draw_panel(canvas, torch.zeros(1, 2), None, (2,), 32, "a caption", ["one"], boxes))
+        for boxes in (NO_DOGS, dogs)
+    ]
+    assert 100 < (panels[0] != panels[1]).any(2).sum() < 2000
+
+
 def test_boxes_of_a_glimpse_are_concentric_and_doubling() -> None:
     boxes = glimpse.patch_boxes(torch.tensor([0.25, -0.5]), (1, 2, 4), 96)
     center, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
@@ -138,7 +157,7 @@ def test_panel_shows_every_part() -> None:
     canvas = to_tensor(natural_image(64))
     attention = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7]])
     location = torch.tensor([[-0.4, -0.4], [0.5, 0.5]])
-    panel = glimpse.draw_panel(canvas, location, attention, (2, 4), 32, "a caption", ["one", "two"])
+    panel = glimpse.draw_panel(canvas, location, attention, (2, 4), 32, "a caption", ["one", "two"], NO_DOGS)
     pixels = np.array(panel)
     assert all((pixels == color).all(-1).sum() > 500 for color in ([255, 0, 0], [0, 0, 255]))
     context = glimpse.build_pyramid(canvas.unsqueeze(0), (4,), 32)[4][0, :, 16:48, 16:48]
@@ -152,11 +171,13 @@ def test_panel_shows_every_part() -> None:
     attended = np.array(panel.crop((left, top, left + tile, top + tile)))[3::6, 3::6]
     assert (attended[:4, :4] == seen.permute(1, 2, 0).numpy()[:4, :4]).all()  # the largest weight at full brightness
     assert panel.size == (8 + 480 + 3 * 200 + 8, 22 + 8 + 480 + 8)
-    other = np.array(glimpse.draw_panel(canvas, location, attention, (2, 4), 32, "a caption", ["one", "three"]))
+    other = np.array(
+        glimpse.draw_panel(canvas, location, attention, (2, 4), 32, "a caption", ["one", "three"], NO_DOGS)
+    )
     changed = np.argwhere((other != pixels).any(-1))  # the prediction after the second glimpse, below its row of tiles
     assert changed.min(0)[0] >= top + row + tile and changed.min(0)[1] >= left and len(changed)
 
-    panel = glimpse.draw_panel(canvas, location, None, (2, 4), 32, "a caption", ["one", "two"])
+    panel = glimpse.draw_panel(canvas, location, None, (2, 4), 32, "a caption", ["one", "two"], NO_DOGS)
     for t in range(2):  # without attention: the context as it is, with no weights written on it
         plain = np.array(panel.crop((left, top + t * row, left + tile, top + t * row + tile)))
         assert (plain == seen.permute(1, 2, 0).numpy().repeat(6, 0).repeat(6, 1)).all()
@@ -168,7 +189,7 @@ def test_panel_shows_every_part() -> None:
 def test_text_of_a_panel_is_not_cut(caption: str) -> None:
     canvas, font = to_tensor(natural_image(64)), ImageFont.load_default(14)
     predictions = ["American Staffordshire terrier " * 4]
-    panel = glimpse.draw_panel(canvas, torch.zeros(1, 2), None, (2,), 32, caption, predictions)
+    panel = glimpse.draw_panel(canvas, torch.zeros(1, 2), None, (2,), 32, caption, predictions, NO_DOGS)
     text = Image.new("RGB", (4000, 200), "white")
     ImageDraw.Draw(text).text((8, 4), caption, "black", font)
     header = 22 * (caption.count("\n") + 1)
@@ -238,7 +259,9 @@ def test_characters_of_no_font_are_escaped(monkeypatch: pytest.MonkeyPatch) -> N
     canvas, box = torch.zeros(3, 64, 64, dtype=torch.uint8), torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])
     panels, sheets = [], []
     for name in ("Größe", "Gr\\xf6\\xdfe"):
-        panels.append(glimpse.draw_panel(canvas, torch.zeros(1, 2), None, (2,), 32, f"{name}.jpg", [f"{name} (0.50)"]))
+        panels.append(
+            glimpse.draw_panel(canvas, torch.zeros(1, 2), None, (2,), 32, f"{name}.jpg", [f"{name} (0.50)"], NO_DOGS)
+        )
         sheets.append(glimpse.draw_contact_sheet([canvas] * 2, [box] * 2, [f"predicted {name} (0.50)", "true cat"]))
     for first, second in (panels, sheets):
         assert first.size == second.size and (np.array(first) == np.array(second)).all()
@@ -248,7 +271,9 @@ def test_drawings_show_the_names_in_a_font_that_has_them(monkeypatch: pytest.Mon
     """Here one in which every character is wide, so that it can be recognized."""
     monkeypatch.setattr(glimpse, "choose_font", lambda size, *texts: (ImageFont.load_default(3 * size), list(texts)))
     canvas, box = torch.full((3, 64, 64), 255, dtype=torch.uint8), torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])
-    panel = np.array(glimpse.draw_panel(canvas, torch.zeros(1, 2), None, (2,), 32, "a caption", ["a prediction"]))
+    panel = np.array(
+        glimpse.draw_panel(canvas, torch.zeros(1, 2), None, (2,), 32, "a caption", ["a prediction"], NO_DOGS)
+    )
     sheet = np.array(glimpse.draw_contact_sheet([canvas], [box], ["a caption"]))
     text = Image.new("RGB", (panel.shape[1], 20), "white")
     ImageDraw.Draw(text).text((8, 4), "a caption", "black", ImageFont.load_default(42))

@@ -406,7 +406,7 @@ def test_view_glimpses_draws_the_deterministic_trajectory(
     images = dataset.read_list(main_args[1], "test")
     names = [file.name for file in images.files]
     chosen = main.fixed_choice(len(names), 5, seed=0)
-    assert len(drawn) == 5 and len({caption for *_, caption, _ in drawn}) == 5
+    assert len(drawn) == 5 and len({caption for *_, caption, _, _ in drawn}) == 5
     for index, (canvas, location, attention, scales, patch_size, caption, predictions) in zip(chosen, drawn):
         rollout = net(canvas.unsqueeze(0), torch.zeros(1, 1, 2, 2), "learned")
         assert torch.allclose(location, rollout.location[0, 0], atol=1e-5) and (scales, patch_size) == ((1, 2), 32)
@@ -497,7 +497,7 @@ def test_panels_show_what_the_policy_uses(
         assert all((location == 0).all() == (policy == "center") for _, location, *_ in drawn)
         files = [file.name for file in dataset.read_list(main_args[1], "test").files]
         chosen = [files[i] for i in main.fixed_choice(9, n_samples, 0)]
-        titles = [caption.partition("\n")[0] for *_, caption, _ in drawn]
+        titles = [caption.partition("\n")[0] for *_, caption, _, _ in drawn]
         assert titles == [f"{name}: {policy} policy, {trajectory} trajectory" for name in chosen]
         numbered = {f"glimpse_{i}.jpg" for i in range(n_samples)}
         assert {path.name for path in imgs.iterdir()} == {*numbered, "contact_sheet.jpg", *(p.name for p in mine)}
@@ -513,7 +513,8 @@ def test_predict_draws_and_labels_the_deterministic_trajectory(
     capsys.readouterr()
     run(main, [*main_args, "--task=predict", "--n_trajectories=4", "--images", str(tmp_path / "photo.png")])
     lines = capsys.readouterr().out.splitlines()
-    [(canvas, location, attention, _, _, caption, predictions)] = drawn
+    [(canvas, location, attention, _, _, caption, predictions, dogs)] = drawn
+    assert len(dogs) == 0  # not annotated
     noise = main.evaluation_noise("learned", 1, 4, 2, seed=0)
     with torch.no_grad():
         rollout = load(save_dir)(canvas.unsqueeze(0), noise, "learned")
@@ -898,7 +899,9 @@ def test_boxes_follow_the_augmented_crop(seed: int, tmp_path: Path) -> None:
     assert dataset.location_of_dog(torch.empty(0, 4)).tolist() == [0, 0]
 
 
-def test_oracle_looks_at_the_dogs(main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture) -> None:
+def test_oracle_looks_at_the_dogs(
+    main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data_dir = Path(main_args[1])
     refused = fails(main, [*main_args, *MODEL, "--policy=oracle", "--epochs", "1"])
     assert refused.startswith("error: --policy oracle looks at annotated dogs: there are none in")
@@ -916,7 +919,11 @@ def test_oracle_looks_at_the_dogs(main_args: list[str], save_dir: Path, capsys: 
     report = capsys.readouterr().out
     assert find_result(report, "glimpse 2", "deterministic")["distance_to_dog"] == 0
     assert find_result(report, "policy oracle", "deterministic") and "average of" not in report
+    drawn = collect_panels(monkeypatch)
     run(main, [*main_args, "--task=view_glimpses"])
+    assert len(drawn) == 9 and all(dogs.shape == (1, 4) for *_, dogs in drawn)
+    for canvas, location, *_, dogs in drawn:
+        assert torch.allclose(location, (dogs[:, :2] + dogs[:, 2:] - 1).expand(2, 2), atol=1e-5) and len(canvas) == 3
     refused = fails(main, [*main_args, "--task=predict", "--images", str(data_dir)])
     assert "choose another for --task=predict" in refused
 
