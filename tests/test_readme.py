@@ -133,13 +133,15 @@ def test_birds_are_linked_into_folders_of_classes(tmp_path: Path) -> None:
 
 
 def test_links_and_images_are_there() -> None:
-    anchors = {
-        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", README, re.M)
-    }
+    def anchors(page: Path) -> set[str]:
+        titles = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.M)
+        return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
     targets = re.findall(r"\]\(([^)]+)\)", README)
     assert len(targets) > 10
     for target in targets:
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not target.startswith("http"):
-            assert (ROOT / target).is_file(), target
+        if not target.startswith("http"):
+            name, _, anchor = target.partition("#")
+            page = ROOT / (name or "README.md")
+            assert page.is_file(), target
+            assert not anchor or anchor in anchors(page), target

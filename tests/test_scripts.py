@@ -407,7 +407,7 @@ def test_view_glimpses_draws_the_deterministic_trajectory(
     names = [file.name for file in images.files]
     chosen = main.fixed_choice(len(names), 5, seed=0)
     assert len(drawn) == 5 and len({caption for *_, caption, _, _ in drawn}) == 5
-    for index, (canvas, location, attention, scales, patch_size, caption, predictions) in zip(chosen, drawn):
+    for index, (canvas, location, attention, scales, patch_size, caption, predictions, _) in zip(chosen, drawn):
         rollout = net(canvas.unsqueeze(0), torch.zeros(1, 1, 2, 2), "learned")
         assert torch.allclose(location, rollout.location[0, 0], atol=1e-5) and (scales, patch_size) == ((1, 2), 32)
         assert torch.allclose(attention, rollout.attention[0, 0], atol=1e-5)
