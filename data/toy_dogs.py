@@ -42,7 +42,6 @@ WAVES = {
 BREEDS = (*WAVES, "plain_grain")
 FOLDERS = tuple(f"n{number:08d}-{breed}" for number, breed in enumerate(BREEDS, start=1))
 SPLITS = ("train", "test")
-ANNOTATIONS = "Annotation"  # the folder of the boxes, as in Stanford Dogs
 
 # A dog facing right, in drawing order. A body part is a row of discs along a quadratic Bezier curve: start, control
 # point, end, first radius, last radius, brightness (x to the right, y down). The far legs and the ear are shaded.
@@ -195,7 +194,7 @@ def write_annotation(path: Path, breed: str, size: int, box: Box) -> None:
 
 def write_data_set(data_dir: Path, n_train: int, n_test: int, size: int, spread: float, seed: int) -> None:
     """Draw all images and annotate them, and write the lists last, so that a set with lists is complete."""
-    images, lists, annotations = data_dir / "Images", data_dir / "lists", data_dir / ANNOTATIONS
+    images, lists, annotations = data_dir / "Images", data_dir / "lists", data_dir / "Annotation"
     lists.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         (lists / f"{split}_list.mat").unlink(missing_ok=True)
@@ -233,7 +232,7 @@ def find_obstacle(data_dir: Path) -> str | None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         return f"{nearest} is not a writable folder"
     foreign = sorted(path for path in images.glob("*") if path.is_dir() and path.name not in FOLDERS)
-    if not all((data_dir / ANNOTATIONS / folder).is_dir() for folder in FOLDERS):
+    if not all((images / folder).is_dir() for folder in FOLDERS):
         foreign += sorted(lists.glob("*.mat"))
     return f"{data_dir} contains something other than toy dogs: {foreign[0]}" if foreign else None
 
