@@ -26,12 +26,13 @@ demo: $(VENV)/.installed $(TOY)/lists/test_list.mat
 	@echo; echo "Where to look, learned or not:"; grep -hE "^(policy|glimpse)" $(OUT)/test_{learned,center,random}.txt
 	@echo "Where the model looks is drawn in imgs/toy/glimpse_<i>.jpg, and before training in imgs/toy/before."
 
-# Stanford Dogs at its own size, with the settings of the README's table. A run that is there is kept: see its last line.
+# Stanford Dogs at its own size, with the settings of the README's table of 120 breeds; after an interruption, go on.
+resumed = $$([ ! -e data/saved_models/$(1) ] || echo --resume_training=True)
 stanford_dogs: $(VENV)/.installed
 	$(RUN) data/stanford_dogs.py
-	$(RUN) pretrain.py --batch_size 32 --epochs $(DOG_EPOCHS)
+	$(RUN) pretrain.py --batch_size 32 --epochs $(DOG_EPOCHS) $(call resumed,pt_last.tar)
 	$(RUN) pretrain.py --task=test
-	$(RUN) main.py --k 2 --start_size 2 --rnn_hidden 1024 --batch_size 32 --lr 3e-4 --epochs $(DOG_EPOCHS)
+	$(RUN) main.py --k 2 --start_size 2 --rnn_hidden 1024 --batch_size 32 --lr 3e-4 --epochs $(DOG_EPOCHS) $(call resumed,last.tar)
 	$(RUN) main.py --task=test
 	$(RUN) main.py --task=view_glimpses --imgs_dir imgs/dogs
 
@@ -56,7 +57,7 @@ $(VENV)/.installed: requirements.txt
 	$(VENV)/bin/pip install -r requirements.txt
 	@touch $@
 
-$(VENV)/.tools-installed: $(VENV)/.installed
+$(VENV)/.tools-installed: $(VENV)/.installed Makefile
 	$(VENV)/bin/pip install pytest==9.2.0 pytest-xdist==3.8.0 ruff==0.17.6 tensorboard matplotlib pillow-heif
 	@touch $@
 

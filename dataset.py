@@ -221,17 +221,19 @@ def read_annotation(path: Path) -> Tensor:
         raise UserError(f"annotation {path} cannot be read ({error}): fetch it again, or remove it") from error
 
 
-def read_dogs(data_dir: str | Path, images: ImageList) -> list[Dogs]:
-    """The dogs in each image, by DATA_DIR/Annotation/<breed>/<image name without ending>; none where that is missing.
+def read_dogs(images: ImageList) -> list[Dogs]:
+    """The dogs in each image, by its annotation; none where that is missing.
 
-    Raises UserError for an annotation that cannot be read.
+    The annotation of Images/<breed>/<name>.jpg is Annotation/<breed>/<name>, as in Stanford Dogs; images elsewhere have
+    none. Raises UserError for an annotation or an annotated image that cannot be read.
     """
     dogs = []
     for file in images.files:
-        path, boxes, size = Path(data_dir) / "Annotation" / file.parent.name / file.stem, torch.empty(0, 4), (1, 1)
-        if os.path.isfile(path):
+        breed, folder = file.parents[:2]
+        path, boxes, size = folder.parent / "Annotation" / breed.name / file.stem, torch.empty(0, 4), (1, 1)
+        if folder.name.lower() == "images" and os.path.isfile(path):
             boxes = read_annotation(path)
-            with Image.open(file) as image:  # reads the header only
+            with open_image(file) as image:  # which decodes nothing of a JPEG
                 size, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
             # Annotations are of the image as stored, the canvas is of the upright one.
             x, y = boxes[:, [0, 2]], boxes[:, [1, 3]]
@@ -334,34 +336,41 @@ def enable_heic(path: str | Path) -> None:
     register_heif_opener()
 
 
-def read_image(path: str | Path, size: int) -> Image.Image:
-    """Open any image as upright 8-bit RGB; transparent parts become white. Raises UserError if it is unreadable.
-
-    size: side of the canvas it is for. A JPEG whose short side is at least twice that is decoded at a half, a quarter
-    or an eighth of its size, but no smaller than the canvas, which skips most of the decoder's work.
-    """
+@contextlib.contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """An image of any format, opened by Pillow. Raises UserError if it cannot be read, here or where it is used."""
     if str(path).lower().endswith((".heic", ".heif")):
         enable_heic(path)
     Image.MAX_IMAGE_PIXELS = LARGEST_IMAGE
     try:
         with Image.open(path) as image:
-            image.draft(None, (size, size))
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode == "F":
-                raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
-            if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it at 255
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+            yield image
     except FileNotFoundError:
         raise UserError(f"image {path} not found") from None
     except Exception as error:  # Pillow's decoders raise many types on a broken file
         unknown = isinstance(error, UnidentifiedImageError)  # whose message is mostly the path
         reason = "not an image" if unknown else " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"image {path} cannot be read ({reason})") from error
+
+
+def read_image(path: str | Path, size: int) -> Image.Image:
+    """Open any image as upright 8-bit RGB; transparent parts become white. Raises UserError if it is unreadable.
+
+    size: side of the canvas it is for. A JPEG whose short side is at least twice that is decoded at a half, a quarter
+    or an eighth of its size, but no smaller than the canvas, which skips most of the decoder's work.
+    """
+    with open_image(path) as image:
+        image.draft(None, (size, size))
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
+        if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it at 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def load_canvas(path: str | Path, size: int, rng: random.Random | None = None) -> Tensor:

@@ -32,7 +32,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -57,7 +56,7 @@ FILES = ("saved_model.tar", "last.tar", "log.csv")
 BACKBONE_OF_2018 = {"arch": "resnet50", "patch_size": 96}  # its file holds only the weights
 N_CONFUSED = 10  # pairs of classes that test names
 N_ON_SHEET = 40  # images on the contact sheet
-N_PLACES = 32  # along each axis, that stand for glimpses anywhere in the image
+N_PLACES = 12  # along each axis, that stand for glimpses anywhere in the image
 N_WATCHED = 8  # validation images that TensorBoard shows after every epoch
 
 
@@ -88,7 +87,7 @@ class Settings(utils.SharedSettings):
     rnn_hidden: int = network_setting(2048, "hidden units of the LSTM", at_least=1)
     std_dev: float = network_setting(0.2, "standard deviation of the sampled location, before tanh", above=0)
     policy: str = network_setting(
-        "learned", "where to look; the others are ablations", fixed="resuming", one_of=POLICIES
+        "learned", "where to look; the others are rivals to compare with", fixed="resuming", one_of=POLICIES
     )
 
 
@@ -103,7 +102,7 @@ def at_the_dogs(boxes: Iterable[Tensor], n_glimpses: int) -> Tensor:
 
 def read_dogs(settings: Settings, images: ImageList) -> list[dataset.Dogs]:
     """The annotated dogs in each image. Raises UserError if the policy needs them and there are none."""
-    dogs = dataset.read_dogs(settings.data_dir, images)
+    dogs = dataset.read_dogs(images)
     if settings.policy == "oracle" and not any(len(one.boxes) for one in dogs):
         raise UserError(f"--policy oracle looks at annotated dogs: there are none in {settings.data_dir}/Annotation")
     return dogs
@@ -468,13 +467,13 @@ def report(figures: dict[str, dict[str, dict[str, float]]]) -> list[str]:
 
 
 def multiply_adds(settings: Settings, backbone: dict[str, Any], n_classes: int, n_trajectories: int) -> int:
-    """Multiplications, each with an addition, of all networks on one image, as PyTorch counts them."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without numbers
+    """Multiplications, each with an addition, of all networks on one image."""
+    with torch.device("meta"):
         model = build_model(settings, backbone, n_classes, Path(FILES[0])).eval()
-        size = model.glimpse.canvas_size
-        noise = torch.zeros(1, n_trajectories, settings.n_glimpses, 2)
-        model(torch.zeros(1, 3, size, size, dtype=torch.uint8), noise, settings.policy)
-    return counter.get_total_flops() // 2
+        side = model.glimpse.canvas_size
+        canvas = torch.empty(1, 3, side, side, dtype=torch.uint8)
+        noise = torch.empty(1, n_trajectories, settings.n_glimpses, 2)
+        return utils.multiply_adds(lambda: model(canvas, noise, settings.policy))
 
 
 def write_results(
@@ -508,7 +507,9 @@ def write_results(
         utils.write_table(written["confusion matrix"], ["true_class", *names], rows)
         sizes = {name: settings.n_trajectories if name.startswith("average") else 1 for name in kinds}
         cost = {name: multiply_adds(settings, checkpoint["backbone"], len(names), m) for name, m in sizes.items()}
-        utils.write_results(written["all figures"], settings, machine, len(labels), figures, cost)
+        about = {name: checkpoint["backbone"].get(name) for name in ("arch", "patch_size", "file", "sha256")}
+        origin = {"backbone": about, "epoch": checkpoint["epoch"] + 1}
+        utils.write_results(written["all figures"], settings, machine, len(labels), figures, cost, **origin)
     lines = ["\n  ".join([f"most frequent confusions, {best}:", *confused]) if confused else "no confusions"]
     return [*lines, *(f"{what} in {path}" for what, path in written.items())]
 

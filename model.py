@@ -144,8 +144,8 @@ class GlimpseNetwork(nn.Module):
             self.backbone.compile()
 
     def features(self, patches: Tensor) -> Tensor:
-        """Patches [N, 3, P, P] in [0, 1] -> features [N, D, P/16, P/16] of the frozen backbone."""
-        patches = normalize(patches).contiguous(memory_format=torch.channels_last)
+        """Normalized patches [N, 3, P, P] -> features [N, D, P/16, P/16] of the frozen backbone."""
+        patches = patches.contiguous(memory_format=torch.channels_last)
         if not self.compiled:
             return self.backbone(patches)
         from torch._inductor import config  # takes seconds to import
@@ -161,14 +161,14 @@ class GlimpseNetwork(nn.Module):
         level = pyramid[FULL_SCALE]
         center = torch.zeros(len(level), 1, 2, device=level.device)
         image = extract_patches(pyramid, center, (FULL_SCALE,), self.patch_size)  # [B, 1, 1, 3, P, P]
-        return F.adaptive_avg_pool2d(self.features(image.flatten(0, 2)), 2).float()
+        return F.adaptive_avg_pool2d(self.features(normalize(image.flatten(0, 2))), 2).float()
 
     @torch.no_grad()
     def forward(self, pyramid: dict[int, Tensor], location: Tensor) -> Tensor:
         """Features of the glimpses at location [B, M, 2], concatenated over patches, finest first: [B, M, k D]."""
         patches = extract_patches(pyramid, location, self.scales, self.patch_size)  # [B, M, k, 3, P, P]
         chunks = patches.flatten(0, 2).split(PATCHES_PER_PASS)
-        features = torch.cat([self.features(chunk).mean((2, 3)).float() for chunk in chunks])  # [B M k, D]
+        features = torch.cat([self.features(normalize(chunk)).mean((2, 3)).float() for chunk in chunks])  # [B M k, D]
         return features.view(*location.shape[:2], -1)
 
 
@@ -307,14 +307,13 @@ class RecurrentAttention(nn.Module):
             mean = location_mean(attention)
             sample = (mean + self.std_dev * noise).detach()
             return torch.tanh(sample), gaussian_log_prob(sample, mean, self.std_dev)
-        location = {
-            "center": torch.zeros_like(noise),
-            # In (-1, 1), because erf(x / sqrt(2)) is 2 * normal CDF(x) - 1.
-            "random": torch.erf(noise / math.sqrt(2)),
-            "grid": noise.new_tensor(GRID[step % len(GRID)]).expand_as(noise),
-            "oracle": noise,
-        }
-        return location[policy], noise.new_zeros(noise.shape[:2])
+        if policy == "random":
+            location = torch.erf(noise / math.sqrt(2))  # in (-1, 1): erf(x / sqrt(2)) is 2 * normal CDF(x) - 1
+        elif policy == "grid":
+            location = noise.new_tensor(GRID[step % len(GRID)]).expand_as(noise)
+        else:
+            location = noise if policy == "oracle" else torch.zeros_like(noise)
+        return location, noise.new_zeros(noise.shape[:2])
 
 
 class LossTerms(NamedTuple):

@@ -26,7 +26,6 @@ import torchvision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
 import dataset
 import utils
@@ -49,7 +48,7 @@ class Settings(utils.SharedSettings):
     patch_size: int = network_setting(96, "side of a patch in pixels", at_least=32, multiple_of=32)
     weights: str = network_setting(
         "imagenet",
-        "initial weights: imagenet (a download), none, or the file of a ResNet or of this script",
+        "initial weights: imagenet (a download), none, or the file of a ResNet; to probe, also one of this script",
         tasks="train probe",
     )
 
@@ -57,7 +56,7 @@ class Settings(utils.SharedSettings):
 def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> dict[str, Any]:
     """Load ImageNet weights, torchvision's (version 1, as in 2018), those in a file, or those of an earlier run.
 
-    Returns the data that the latter was trained on, which is empty for all others. Raises UserError.
+    Returns what the latter stores about its data, and nothing for all others. Raises UserError.
     """
     if weights == "none":
         return {}
@@ -74,7 +73,7 @@ def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> di
     where = f"{weights} (is --arch {arch} right?)"
     if isinstance(state, dict) and "model_dict" in state:
         utils.load_state(backbone.load_state_dict, state["model_dict"], where)
-        return state.get("data", {})
+        return {"fingerprints": {}, **state.get("data", {})}
     utils.load_state(lambda state: load_resnet_weights(backbone, state), state, where)
     return {}
 
@@ -146,11 +145,8 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
 
     torch.manual_seed(settings.seed)
     model = build_model(settings, len(train_list.class_names))
-    if last is None:
-        seen = load_initial_weights(model.backbone, settings.weights, settings.arch)
-        dataset.refuse_trained_on(
-            valid_list, data["fingerprints"]["validation"], seen, Path(settings.weights), "validation"
-        )
+    if last is None and load_initial_weights(model.backbone, settings.weights, settings.arch):
+        raise UserError(f"--weights {settings.weights} is a backbone of this script, which is for --task=probe only")
     model.to(machine.device, memory_format=torch.channels_last)
     optimizer = utils.make_optimizer(model.parameters())
     run.restore(model, optimizer)
@@ -189,6 +185,8 @@ def test(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> No
     utils.load_state(model.backbone.load_state_dict, checkpoint["model_dict"], path)
     utils.load_state(lambda content: model.heads.load_state_dict(content["heads"]), checkpoint, path)
     model.to(machine.device, memory_format=torch.channels_last)
+    if machine.compiles:
+        model.backbone.compile()
     loading = machine.loading(settings.batch_size, settings.num_workers)
     loader = dataset.make_evaluation_loader(images, canvas_size=canvas_size(settings.patch_size, STARTS[0]), **loading)
     means = evaluate(utils.wrap(model, machine), loader, machine, "test")
@@ -231,14 +229,6 @@ def fit_probe(features: Tensor, labels: Tensor, n_classes: int, weight_decay: fl
     return probe
 
 
-def multiply_adds(arch: str, side: int, n_classes: int) -> int:
-    """Multiplications, each with an addition, of backbone and probe on one image, as PyTorch counts them."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without numbers
-        features = build_backbone(arch)(torch.empty(1, 3, side, side)).mean((2, 3))
-        nn.Linear(features.shape[1], n_classes)(features)
-    return counter.get_total_flops() // 2
-
-
 def probe(settings: Settings, machine: Machine, _: None) -> None:
     """Fit a linear classifier to features of whole images from the initial weights, and print its test accuracy.
 
@@ -279,8 +269,9 @@ def probe(settings: Settings, machine: Machine, _: None) -> None:
     )
     machine.print(f"test accuracy {of_test['accuracy']:.4f}")
     if machine.rank == 0:
-        cost = {"linear probe": multiply_adds(settings.arch, side, n_classes)}
-        path = settings.save_dir / f"probe_{side}.json"
+        net = nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten(), probes[best]).to("meta")
+        cost = {"linear probe": utils.multiply_adds(lambda: net(torch.empty(1, 3, side, side, device="meta")))}
+        path = settings.save_dir / f"probe_{settings.arch}_{Path(settings.weights).stem}_{side}.json"
         utils.write_results(path, settings, machine, len(test[1]), {"probe": {"linear probe": of_test}}, cost)
         machine.print(f"all figures in {path}")
     machine.print(utils.next_command(settings, "pretrain.py"))

@@ -29,6 +29,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 SECONDS_PER_LINE = 60  # between lines of progress where no terminal shows a bar
@@ -363,7 +364,7 @@ def refuse_to_compile(gpus: list[int]) -> None:
     """Raise UserError where this process cannot compile a network."""
     if len(gpus) > 1:
         command = shlex.join(["torchrun", f"--nproc_per_node={len(gpus)}", *sys.argv])
-        raise UserError(f"--compile takes one GPU per process: start one for each with `{command}`")
+        raise UserError(f"--compile takes one GPU per process: choose it with --gpus, or start `{command}`")
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # which PyTorch calls
     if not gpus and not shutil.which(compiler):
         raise UserError(f"--compile needs a C++ compiler, and {compiler} was not found: install it, or do without")
@@ -661,6 +662,13 @@ def refuse_other_data(stored: dict[str, Any], data: dict[str, Any], path: Path) 
             raise UserError(f"{path} was trained on other images: {words}: see --data_dir and --valid_size")
 
 
+def multiply_adds(function: Callable[[], Any]) -> int:
+    """Multiplications, each with an addition, of a call, as PyTorch counts them; on "meta", without computing."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() // 2
+
+
 def interval(accuracy: float, n_images: int) -> tuple[float, float]:
     """The 95 % confidence interval of an accuracy on n images (Wilson 1927)."""
     z = 1.96
@@ -688,13 +696,14 @@ def write_results(
     n_images: int,
     figures: dict[str, dict[str, dict[str, float]]],
     cost: dict[str, int],
+    **origin: Any,
 ) -> None:
     """Write the figures of a test as JSON, with all that they depend on.
 
     figures: by subject and estimate; an accuracy is followed by its 95 % interval. cost: multiply-adds per image, by
-    estimate.
+    estimate. origin: of the network.
     """
-    content: dict[str, Any] = {"images": n_images, "multiply_adds": cost, "figures": {}}
+    content: dict[str, Any] = {"images": n_images, "multiply_adds": cost, "figures": {}, **origin}
     for subject, of_subject in figures.items():
         content["figures"][subject] = {
             estimate: values | ({"interval": interval(values["accuracy"], n_images)} if "accuracy" in values else {})

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch._inductor.config
 import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
@@ -161,16 +160,12 @@ def make_classifier(setting: Setting, k: int, start_size: int, n_glimpses: int) 
 
 def frozen_passes(net: RecurrentAttention, machine: utils.Machine, *batches: torch.Tensor) -> Callable[[], None]:
     """The passes of batches of patches [N, 3, P, P] through the frozen backbone, and nothing else."""
-    bare = utils.MixedPrecision(net.glimpse.backbone, machine)
-    freezing = {"freezing": machine.compiles and not machine.gpus}
 
     @torch.no_grad()
     def passes() -> None:
-        for patches in batches:
-            if machine.compiles:
-                torch._dynamo.mark_dynamic(patches, 0)
-            with torch._inductor.config.patch(**freezing):
-                bare(patches)
+        with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bf16"):
+            for patches in batches:
+                net.glimpse.features(patches)
 
     return passes
 

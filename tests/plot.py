@@ -40,7 +40,7 @@ def draw_curves(folders: list[Path], pyplot: Any) -> Any:
     for path in (folder / name for folder in folders for name in LOGS):
         if path.is_file():
             with open(path, newline="", encoding="utf-8") as file:
-                logs[f"{path.parent.name}, {LOGS[path.name]}"] = list(csv.DictReader(file))
+                logs[f"{path.parent}, {LOGS[path.name]}"] = list(csv.DictReader(file))
     if not logs:
         sys.exit(f"error: no {' or '.join(LOGS)} in {', '.join(map(str, folders))}: train first, or give other folders")
     figure, panels = pyplot.subplots(1, len(PANELS), figsize=(4.5 * len(PANELS), 3.5), layout="constrained")
@@ -58,17 +58,17 @@ def draw_curves(folders: list[Path], pyplot: Any) -> Any:
 def read_rivals(folders: list[Path]) -> list[Rival]:
     """The estimates in all files of results below the folders, by curve and cost."""
     rivals = []
-    for path in sorted({path for folder in folders for path in folder.rglob("*.json")}):
+    patterns = [(folder, name) for folder in folders for name in ("probe_*.json", "results_*.json")]
+    for path in sorted({path for folder, name in patterns for path in folder.rglob(name)}):
         content = json.loads(path.read_text(encoding="utf-8"))
-        settings = content.get("settings", {})
+        settings = content["settings"]
         if path.name.startswith("probe_"):
-            curve = f"linear probe, {Path(settings['weights']).stem}"
+            curve = f"linear probe, {settings['arch']} {Path(settings['weights']).stem}"
             detail = f"whole image at {settings['patch_size']} pixels"
-        elif path.name.startswith("results_"):
+        else:
             curve, detail = settings["policy"], f"k {settings['k']}, start_size {settings['start_size']}"
             detail += f", {settings['n_glimpses']} glimpses" if settings["n_glimpses"] > 1 else ""
-        else:
-            continue
+            detail += ", {arch} at {patch_size} pixels".format(**content["backbone"])
         for subject, of_subject in content["figures"].items():
             for estimate, figures in of_subject.items() if subject in ("probe", f"policy {curve}") else ():
                 name = curve if estimate in ("deterministic", "linear probe") else f"{curve}, {estimate}"

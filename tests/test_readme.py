@@ -18,6 +18,7 @@ from dataset import read_image, read_list
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = README + (ROOT / "tests" / "RESULTS.md").read_text()
 SCRIPTS = {"data/toy_dogs.py": toy_dogs, "pretrain.py": pretrain, "main.py": main}
 BY_HAND = ("tests/benchmark.py", "tests/toy_table.py")
 SHARED = ["--data_dir", "data/toy", "--save_dir", "saved", "--device", "cpu", "--num_workers", "0"]
@@ -35,7 +36,7 @@ NETWORKS = {
 
 def blocks() -> list[str]:
     """The commands to type: the fenced blocks without a language."""
-    return [text for language, text in re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S) if not language]
+    return [text for language, text in re.findall(r"^```(\w*)\n(.*?)^```", PAGES, re.M | re.S) if not language]
 
 
 def commands() -> list[list[str]]:

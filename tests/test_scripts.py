@@ -28,6 +28,7 @@ import toy_table
 from conftest import (
     ARCH,
     BACKBONE,
+    CPU,
     SMALL,
     NarrowResNet,
     annotate,
@@ -256,25 +257,30 @@ def test_probe_is_the_optimum_and_reads_what_is_there(make_data, tmp_path: Path,
     run(pretrain, [*argv, "--task=probe"])
     *_, accuracy, where, following = capsys.readouterr().out.splitlines()
     assert accuracy == "test accuracy 1.0000" and following.startswith("next: python pretrain.py --data_dir ")
-    assert where == f"all figures in {out / 'probe_32.json'}"
+    assert where == f"all figures in {out / f'probe_{ARCH}_none_32.json'}"
     # As it is, as a larger image, and by a backbone of an earlier run, unless that has seen what is tested.
     run(pretrain, [*argv, "--epochs", "0"])
     best = out / "pt_glimpse_model.tar"
     run(pretrain, [*argv, "--task=probe", "--patch_size", "64", "--weights", str(best)])
     assert f"at 64 pixels, features of {best} weights" in capsys.readouterr().out
-    results = [json.loads((out / f"probe_{side}.json").read_text()) for side in (32, 64)]
+    names = [f"probe_{ARCH}_none_32.json", f"probe_{ARCH}_pt_glimpse_model_64.json"]
+    results = [json.loads((out / name).read_text()) for name in names]
     assert [result["images"] for result in results] == [24, 24]
     figures = results[1]["figures"]["probe"]["linear probe"]
     assert figures["accuracy"] == 1 and figures["interval"] == pytest.approx([24 / (24 + 1.96**2), 1])
     small, large = (result["multiply_adds"]["linear probe"] for result in results)
-    assert small == pretrain.multiply_adds(ARCH, 32, 3) and 3.9 < large / small < 4.1
-    content = read(best)
-    content["data"]["fingerprints"]["training"] = content["data"]["fingerprints"]["validation"]
-    torch.save(content, best)
-    refused = fails(pretrain, [*argv, "--task=probe", "--weights", str(best)])
-    assert "validation images were used in training" in refused and str(best) in refused
+    assert 3.9 < large / small < 4.1
     refused = fails(pretrain, [*argv, "--weights", str(best), "--save_dir", str(tmp_path / "other")])
-    assert "validation images were used in training" in refused
+    assert refused == f"error: --weights {best} is a backbone of this script, which is for --task=probe only"
+    content = read(best)
+    [(_, of_test)] = dataset.check_images(
+        dataset.read_list(data_dir, "test"), machine=CPU, num_workers=0, skip_bad=False, memory=tmp_path / "memory"
+    )
+    for use, fingerprints in (("validation", content["data"]["fingerprints"]["validation"]), ("test", of_test)):
+        content["data"]["fingerprints"]["training"] = fingerprints
+        torch.save(content, best)
+        refused = fails(pretrain, [*argv, "--task=probe", "--weights", str(best)])
+        assert f"{use} images were used in training {best}" in refused
     list_path = data_dir / "lists" / "test_list.mat"
     names = [name.item() for name in loadmat(list_path)["file_list"].ravel()]
     write_list(list_path, names[:8], [1] * 8)
@@ -323,7 +329,7 @@ def test_pretraining_survives_a_ragged_batch_of_one(pretrain_args: list[str], tm
 
 
 def test_every_policy_trains(main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture) -> None:
-    for policy in ("center", "random"):
+    for policy in ("center", "random", "grid"):
         run(main, [*main_args, *MODEL, "--policy", policy, "--epochs", "1", "--overwrite"])
         assert read(save_dir / "saved_model.tar")["settings"]["policy"] == policy
         capsys.readouterr()
@@ -828,26 +834,29 @@ def test_compiled_run_is_like_the_eager_one(
         pretrain: (pretrain_args, "pt_log.csv", "pt_glimpse_model.tar"),
         main: (main_args, "log.csv", "saved_model.tar"),
     }[script]
-    flags = ["--epochs", "2", "--overwrite", "--save_dir"]
     backbone = args[args.index("--save_dir") + 1] + "/pt_glimpse_model.tar"
     args = [*args, "--backbone", backbone] if script is main else args
+    compiled = []
     for name, how in (("eager", []), ("compiled", ["--compile"])):
-        run(script, [*args, *flags, str(tmp_path / name), *how])
-        run(script, [*args, "--task=test", "--save_dir", str(tmp_path / name), *how])
-    eager, compiled = (read_log(tmp_path / name / log) for name in ("eager", "compiled"))
-    for row, other in zip(eager, compiled, strict=True):
+        for task in (["--overwrite", "--epochs", "2"], ["--task=test"]):
+            torch._dynamo.utils.counters.clear()
+            run(script, [*args, *task, "--save_dir", str(tmp_path / name), *how])
+            compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0)
+    assert compiled == [False, False, True, True]
+    rows, others = (read_log(tmp_path / name / log) for name in ("eager", "compiled"))
+    for row, other in zip(rows, others, strict=True):
         for name in set(row) - {"seconds"}:
             assert float(row[name]) == pytest.approx(float(other[name]), rel=0.05, abs=0.02), name
-    eager, compiled = (read(tmp_path / name / best) for name in ("eager", "compiled"))
-    assert eager.keys() == compiled.keys() and list(eager["model_dict"]) == list(compiled["model_dict"])
+    eager, other = (read(tmp_path / name / best) for name in ("eager", "compiled"))
+    assert eager.keys() == other.keys() and list(eager["model_dict"]) == list(other["model_dict"])
     if script is main:
         frozen = {key for key in eager["model_dict"] if key.startswith("glimpse.")}
-        assert frozen and all(torch.equal(eager["model_dict"][key], compiled["model_dict"][key]) for key in frozen)
+        assert frozen and all(torch.equal(eager["model_dict"][key], other["model_dict"][key]) for key in frozen)
 
 
 def test_what_cannot_be_compiled_is_refused(main_args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["main.py", "--compile", "--gpus", "0,1"])
-    with pytest.raises(utils.UserError, match="with `torchrun --nproc_per_node=2 main.py --compile --gpus 0,1`"):
+    with pytest.raises(utils.UserError, match="start `torchrun --nproc_per_node=2 main.py --compile --gpus 0,1`"):
         utils.refuse_to_compile([0, 1])
     utils.refuse_to_compile([1])  # a GPU needs no C++ compiler
     monkeypatch.setenv("CXX", "no_such_compiler")
@@ -865,19 +874,31 @@ def test_what_cannot_be_compiled_is_refused(main_args: list[str], monkeypatch: p
 
 
 def test_operations_are_those_of_the_layers() -> None:
-    """A classifier of five passes, two contexts shared by its trajectories; and the layers counted by hand."""
+    """Counted by hand: a context, shared by all trajectories, and for each a glimpse and its small networks."""
     backbone, settings = {"arch": "resnet18", "patch_size": 32}, main.Settings(k=1, start_size=1, rnn_hidden=16)
     convolutions = 0
     side = {"0": 32, "4": 16, "5": 8, "6": 4, "7": 2}  # of what the layer puts out
     for name, module in build_backbone("resnet18").named_modules():
         if isinstance(module, torch.nn.Conv2d):
             convolutions += module.weight.numel() * side[name.partition(".")[0]] ** 2
-    probe = pretrain.multiply_adds("resnet18", 32, 120)
-    assert probe == convolutions + 512 * 120
+    assert utils.multiply_adds(lambda: build_backbone("resnet18")(torch.zeros(1, 3, 32, 32))) == convolutions
     once, many = (main.multiply_adds(settings, backbone, 120, n) for n in (1, 7))
     lstm, classifier, baseline = 4 * 16 * (512 + 16), 16 * 120, 512 + 16
     of_glimpse = convolutions + lstm + classifier + baseline
     assert once == convolutions + 4 * 512 + of_glimpse and many == once + 6 * of_glimpse
+
+
+def test_gaze_is_at_the_nearest_of_several_dogs(make_model) -> None:
+    glimpse = make_model(k=1, start_size=2).glimpse  # half of the side
+    boxes = torch.full((3, 2, 4), math.nan)
+    boxes[0] = torch.tensor([[0.0, 0.0, 0.2, 0.2], [0.5, 0.5, 0.7, 0.9]])
+    boxes[1, 0] = torch.tensor([0.4, 0.0, 0.6, 1.0])  # and the third is not annotated
+    figures = main.gaze(torch.tensor([[[0.3, 0.2]], [[0.0, 0.0]], [[0.9, 0.9]]]), boxes, glimpse)  # at .65, .6
+    distance = (math.hypot(0.05, 0.1) + 0) / 2
+    covered = (
+        1 * (0.84375 - 0.5) / 0.4 + 0.5
+    ) / 2  # the patch ends at .65 + .25 and .6 + .25, on the grid of 64 pixels
+    assert figures == pytest.approx({"hit_rate": 1.0, "distance_to_dog": distance, "coverage": covered}, abs=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -888,7 +909,7 @@ def test_boxes_follow_the_augmented_crop(seed: int, tmp_path: Path) -> None:
     file.parent.mkdir(parents=True)
     Image.fromarray(pixels).save(file)
     annotate(tmp_path, {file: [(38, 20, 50, 40), (0, 0, 1, 1)]}, 90, 60)
-    [dogs] = dataset.read_dogs(tmp_path, dataset.ImageList([file], [0], ["breed"]))
+    [dogs] = dataset.read_dogs(dataset.ImageList([file], [0], ["breed"]))
     canvas = dataset.load_canvas(file, 120, random.Random(seed))[0] > 127
     rows, columns = canvas.any(1).nonzero().flatten(), canvas.any(0).nonzero().flatten()
     seen = torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / 120
@@ -906,9 +927,24 @@ def test_oracle_looks_at_the_dogs(
     refused = fails(main, [*main_args, *MODEL, "--policy=oracle", "--epochs", "1"])
     assert refused.startswith("error: --policy oracle looks at annotated dogs: there are none in")
     for part in ("train", "test"):
-        for file in dataset.read_list(data_dir, part).files:
-            width, height = Image.open(file).size
-            annotate(data_dir, {file: [(width * 0.3, height * 0.4, width * 0.5, height * 0.5)]}, width, height)
+        for i, file in enumerate(dataset.read_list(data_dir, part).files):  # each dog at a place of its own, white
+            pixels = np.zeros((60, 60 + i, 3), dtype=np.uint8)
+            left, top = 5 + 2 * i, 40 - i
+            pixels[top : top + 8, left : left + 8] = 255
+            Image.fromarray(pixels).save(file, quality=95)
+            annotate(data_dir, {file: [(left, top, left + 8, top + 8)]}, 60 + i, 60)
+    images = dataset.read_list(data_dir, "train")
+    settings = main.Settings(policy="oracle", n_glimpses=2)
+    for rank in (0, 1):
+        loading = {"rank": rank, "world_size": 2, "canvas_size": 120, "batch_size": 100, "num_workers": 0}
+        loader = dataset.make_training_loader(images, seed=0, **loading)
+        machine = utils.Machine(torch.device("cpu"), [], "fp32", rank, 2)
+        noise = main.training_noise(dataset.read_dogs(images), loader.sampler, settings, 0, machine)
+        [(canvas, *_)] = loader
+        assert noise.shape == (len(canvas), 1, 2, 2)
+        for location, bright in zip(noise[:, 0, 1], canvas[:, 0] > 127):
+            seen = bright.nonzero().float().mean(0).flip(0) / 60 - 1
+            assert not bright.any() or (location - seen).abs().max() < 0.1  # of what the crop has left
     run(main, [*main_args, *MODEL, "--policy=oracle", "--epochs", "2"])
     assert {"valid_hit_rate_1", "valid_nll_2", "valid_coverage_2"} <= read_log(save_dir / "log.csv")[0].keys()
     for row in read_log(save_dir / "log.csv"):
@@ -922,8 +958,8 @@ def test_oracle_looks_at_the_dogs(
     drawn = collect_panels(monkeypatch)
     run(main, [*main_args, "--task=view_glimpses"])
     assert len(drawn) == 9 and all(dogs.shape == (1, 4) for *_, dogs in drawn)
-    for canvas, location, *_, dogs in drawn:
-        assert torch.allclose(location, (dogs[:, :2] + dogs[:, 2:] - 1).expand(2, 2), atol=1e-5) and len(canvas) == 3
+    for _, location, *_, dogs in drawn:
+        assert torch.allclose(location, (dogs[:, :2] + dogs[:, 2:] - 1).expand(2, 2), atol=1e-5)
     refused = fails(main, [*main_args, "--task=predict", "--images", str(data_dir)])
     assert "choose another for --task=predict" in refused
 
@@ -1310,7 +1346,7 @@ def test_test_reports_hit_rates_where_boxes_are_known(
         x, y = (width - side) / 2, (height - side) / 2
         box = (x + left * side, y + top * side, x + right * side, y + bottom * side)
         annotate(Path(main_args[1]), {file: [box]}, width, height)
-    boxes = dataset.boxes_of_dogs(dataset.read_dogs(main_args[1], dataset.read_list(main_args[1], "test")))
+    boxes = dataset.boxes_of_dogs(dataset.read_dogs(dataset.read_list(main_args[1], "test")))
     assert torch.allclose(boxes[:8, 0], torch.tensor(square), atol=1e-5) and boxes[8].isnan().all()
 
     # The deterministic trajectory starts 0.29 to the left of the centre, then goes to it; a sampled one goes astray.
@@ -1348,7 +1384,7 @@ def test_test_reports_hit_rates_where_boxes_are_known(
         assert (line[:35].rstrip(), line[35:]) == (subject, "  ".join(figures))
     at_random = {name: float(value) for name, value in re.findall(r"([a-z_]+) (\d\.\d{4})", lines[7][35:])}
     area = statistics.mean((right - left) * (bottom - top) for left, top, right, bottom in square)
-    assert at_random["hit_rate"] == pytest.approx(area, abs=0.02) and lines[7].startswith("to compare     anywhere")
+    assert at_random["hit_rate"] == pytest.approx(area, abs=0.04) and lines[7].startswith("to compare     anywhere")
     assert lines[8] == "dogs are annotated in 8 of 9 images"
     figures = toy_table.read_report(report)
     assert figures["policy deterministic accuracy"] == pytest.approx(1 / 3, abs=1e-4)
@@ -1370,7 +1406,7 @@ def test_boxes_survive_the_way_of_the_image(tmp_path: Path) -> None:
     """A dog of white pixels, stored in every EXIF orientation, of which the crop cuts some off."""
 
     def boxes_in(files: list[Path]) -> torch.Tensor | None:
-        return dataset.boxes_of_dogs(dataset.read_dogs(data_dir, dataset.ImageList(files, [0] * len(files), ["breed"])))
+        return dataset.boxes_of_dogs(dataset.read_dogs(dataset.ImageList(files, [0] * len(files), ["breed"])))
 
     data_dir = tmp_path / "dogs"
     for width, height in ((90, 60), (60, 100)):

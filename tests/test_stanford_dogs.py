@@ -43,7 +43,10 @@ def tar(members: dict[str, bytes], links: dict[str, str] | None = None) -> bytes
 
 IMAGES_TAR = tar({f"Images/{name}": content(name, size) for name, size in BREEDS.items()})
 LISTS_TAR = tar({name: content(name, size) for name, size in LISTS.items()})
-COMPLETE = {f"Images/{name}" for name in BREEDS} | {f"lists/{name}" for name in LISTS}
+ANNOTATIONS = {name.removesuffix(".jpg"): 500 for name in BREEDS}
+ANNOTATION_TAR = tar({f"Annotation/{name}": content(name, size) for name, size in ANNOTATIONS.items()})
+CONTENTS = {"Images": BREEDS, "lists": LISTS, "Annotation": ANNOTATIONS}
+COMPLETE = {f"{folder}/{name}" for folder, files in CONTENTS.items() for name in files}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -83,7 +86,7 @@ class Site(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files = {"images.tar": IMAGES_TAR, "lists.tar": LISTS_TAR}
+        self.files = {"images.tar": IMAGES_TAR, "lists.tar": LISTS_TAR, "annotation.tar": ANNOTATION_TAR}
         self.requests: list[tuple[str, str | None, int, int]] = []
         self.ranges, self.refuse_ranges, self.send_length = True, False, True
         self.breaks = self.busy = 0  # how many of the next responses break off halfway, or have status 503
@@ -126,10 +129,9 @@ def dogs(tmp_path) -> Path:
 
 def expect(monkeypatch, files: dict[str, bytes]) -> None:
     """Make the script expect these archives instead of the official ones."""
-    folders = {"lists.tar": "lists", "images.tar": "Images"}
     archives = [
-        stanford_dogs.Archive(name, len(files[name]), hashlib.sha256(files[name]).hexdigest(), folder)
-        for name, folder in folders.items()
+        archive._replace(size=len(files[archive.name]), sha256=hashlib.sha256(files[archive.name]).hexdigest())
+        for archive in stanford_dogs.ARCHIVES
     ]
     monkeypatch.setattr(stanford_dogs, "ARCHIVES", archives)
 
@@ -142,10 +144,9 @@ def tree(folder: Path) -> set[str]:
 
 def assert_complete(folder: Path) -> None:
     assert tree(folder) == COMPLETE
-    for name, size in BREEDS.items():
-        assert (folder / "Images" / name).read_bytes() == content(name, size)
-    for name, size in LISTS.items():
-        assert (folder / "lists" / name).read_bytes() == content(name, size)
+    for part, files in CONTENTS.items():
+        for name, size in files.items():
+            assert (folder / part / name).read_bytes() == content(name, size)
 
 
 def assert_one_line(stderr: str, *parts: str) -> None:
@@ -181,12 +182,13 @@ def test_defaults():
     assert args.base_url == "http://vision.stanford.edu/aditya86/ImageNetDogs/"
 
 
-def test_downloads_and_unpacks_both_archives_and_deletes_them(run, site, dogs):
+def test_downloads_and_unpacks_the_archives_and_deletes_them(run, site, dogs):
     code, out, err = run()
     assert (code, err) == (0, "")
     assert "complete" in out
     assert_complete(dogs)
     assert sorted(site.requests) == [
+        ("annotation.tar", None, 200, len(ANNOTATION_TAR)),
         ("images.tar", None, 200, len(IMAGES_TAR)),
         ("lists.tar", None, 200, len(LISTS_TAR)),
     ]
@@ -207,7 +209,9 @@ def test_second_run_sends_no_request(run, site, dogs):
     assert_complete(dogs)
 
 
-@pytest.mark.parametrize("folder, archive", [("Images", "images.tar"), ("lists", "lists.tar")])
+@pytest.mark.parametrize(
+    "folder, archive", [("Images", "images.tar"), ("lists", "lists.tar"), ("Annotation", "annotation.tar")]
+)
 @pytest.mark.parametrize("empty", [False, True])
 def test_downloads_only_the_missing_folder(run, site, dogs, folder, archive, empty):
     run()
@@ -221,10 +225,10 @@ def test_downloads_only_the_missing_folder(run, site, dogs, folder, archive, emp
 
 
 def test_broken_connection_is_resumed(run, site, dogs):
-    site.files.pop("lists.tar")
-    (dogs / "lists").mkdir(parents=True)
-    for name, size in LISTS.items():
-        (dogs / "lists" / name).write_bytes(content(name, size))
+    for part in ("lists", "Annotation"):  # are there already
+        for name, size in CONTENTS[part].items():
+            (dogs / part / name).parent.mkdir(parents=True, exist_ok=True)
+            (dogs / part / name).write_bytes(content(name, size))
     site.breaks = 1
     code, out, err = run()
     assert (code, err) == (0, "")
@@ -376,7 +380,7 @@ def test_archive_missing_on_the_server(run, site, dogs):
     assert code == 1
     assert_one_line(err, "images.tar", "404")
     assert len(site.of("images.tar")) == 1
-    assert tree(dogs) == {f"lists/{name}" for name in LISTS}
+    assert tree(dogs) == {name for name in COMPLETE if not name.startswith("Images/")}
 
 
 def test_no_network(run, dogs):

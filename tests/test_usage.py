@@ -47,7 +47,10 @@ def test_learning_curves_are_drawn_from_the_logs(tmp_path: Path, capsys: pytest.
         [(1.5, 1.1)] * 2,
         [(0.2, 0.6)] * 2,
     ]
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a, classifier", "b, pre-training"]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
+        f"{tmp_path / 'a'}, classifier",
+        f"{tmp_path / 'b'}, pre-training",
+    ]
     with pytest.raises(SystemExit, match="no pt_log.csv or log.csv in"):
         plot.main(["curves", str(tmp_path)])
 
@@ -58,6 +61,7 @@ def test_rivals_are_drawn_from_what_tests_and_probes_wrote(tmp_path: Path, capsy
         values = {name: {"accuracy": x, "interval": [x - 0.1, x + 0.2]} for name, (x, _) in figures.items()}
         cost = {name: cost for name, (_, cost) in figures.items()}
         content = {"images": 50, "multiply_adds": cost, "figures": {subject: values, "glimpse 1": values}}
+        content["backbone"] = {"arch": "resnet18", "patch_size": 32}
         path.write_text(json.dumps({**content, "settings": settings}))
 
     sizes = {"k": 1, "start_size": 2, "n_glimpses": 2}
@@ -66,19 +70,20 @@ def test_rivals_are_drawn_from_what_tests_and_probes_wrote(tmp_path: Path, capsy
     write(
         tmp_path / "2" / "3" / "results_learned.json", "policy learned", estimates, policy="learned", **sizes | {"k": 2}
     )
-    write(tmp_path / "probe_96.json", "probe", {"linear probe": (0.3, 10**9)}, weights="a/b.pth", patch_size=96)
-    (tmp_path / "other.json").write_text("{}")
+    probe = {"arch": "resnet50", "weights": "a/b.pth", "patch_size": 96}
+    write(tmp_path / "probe_96.json", "probe", {"linear probe": (0.3, 10**9)}, **probe)
+    (tmp_path / "other.json").write_text("[]")
     plot.main(["rivals", str(tmp_path), "--out", str(tmp_path / "rivals.png")])
     assert capsys.readouterr().out.splitlines()[2:-1] == [
-        "| learned | k 1, start_size 2, 2 glimpses | 3.0 | 50.0 | 40.0 to 70.0 |",
-        "| learned | k 2, start_size 2, 2 glimpses | 3.0 | 50.0 | 40.0 to 70.0 |",
-        "| learned, average of 7 | k 1, start_size 2, 2 glimpses | 9.0 | 60.0 | 50.0 to 80.0 |",
-        "| learned, average of 7 | k 2, start_size 2, 2 glimpses | 9.0 | 60.0 | 50.0 to 80.0 |",
-        "| linear probe, b | whole image at 96 pixels | 1.0 | 30.0 | 20.0 to 50.0 |",
+        "| learned | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 3.0 | 50.0 | 40.0 to 70.0 |",
+        "| learned | k 2, start_size 2, 2 glimpses, resnet18 at 32 pixels | 3.0 | 50.0 | 40.0 to 70.0 |",
+        "| learned, average of 7 | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 9.0 | 60.0 | 50.0 to 80.0 |",
+        "| learned, average of 7 | k 2, start_size 2, 2 glimpses, resnet18 at 32 pixels | 9.0 | 60.0 | 50.0 to 80.0 |",
+        "| linear probe, resnet50 b | whole image at 96 pixels | 1.0 | 30.0 | 20.0 to 50.0 |",
     ]
     [panel] = pyplot.gcf().axes
     assert [text.get_text() for text in panel.get_legend().get_texts()] == [
-        *("learned", "learned, average of 7", "linear probe, b")
+        *("learned", "learned, average of 7", "linear probe, resnet50 b")
     ]
     with Image.open(tmp_path / "rivals.png") as image:
         assert len(image.convert("RGB").getcolors(2**16)) > 50
