@@ -6,7 +6,6 @@ import csv
 import ctypes
 import dataclasses
 import functools
-import io
 import json
 import math
 import os
@@ -581,10 +580,13 @@ def write_table(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint, completely or not at all."""
-    buffer = io.BytesIO()  # writing to a full disk itself, PyTorch raises a RuntimeError like any other
-    torch.save(content, buffer)
     with replacing(path, mode="wb") as file:
-        file.write(buffer.getbuffer())
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # of a full disk, while PyTorch was closing the file
+                raise error.__context__ from error
+            raise
 
 
 def wrong_kind(path: Path, reason: str) -> UserError:
