@@ -137,7 +137,7 @@ def members(group: int) -> list[str]:
 
 def finish(process: BaseProcess) -> int:
     """Wait for the end, and see that nothing is left of its group."""
-    process.join(60)
+    process.join(300)
     assert process.exitcode is not None
     deadline = time.monotonic() + 10
     while left := members(process.pid):

@@ -785,6 +785,18 @@ def test_two_processes_do_not_wait_for_unused_attention(main_args: list[str], sa
     assert done.returncode == 0 and read(save_dir / "last.tar")["epoch"] == 1, done.stderr
 
 
+@pytest.mark.slow
+def test_two_processes_compile_in_bfloat16(
+    main_args: list[str], pretrain_args: list[str], save_dir: Path, tmp_path: Path, run_by_two
+) -> None:
+    how = ["--precision", "bf16", "--compile", "--epochs", "1"]
+    run_by_two("pretrain", [*pretrain_args, *how])
+    run_by_two("main", [*main_args, *MODEL, *how])
+    for folder, log in ((tmp_path / "out", "pt_log.csv"), (save_dir, "log.csv")):
+        [row] = read_log(folder / log)
+        assert 0 < float(row["valid_nll"]) < 5
+
+
 def test_two_processes_pretrain_what_they_validate(pretrain_args: list[str], run_by_two, tmp_path: Path) -> None:
     """Each process has BatchNorm statistics of its own after a step; the figures must be those of the file saved."""
     out = tmp_path / "out"
