@@ -538,7 +538,7 @@ def test(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> No
     figures = measure(policy, probabilities, location, torch.tensor(images.labels), boxes, model.glimpse)
     machine.print("\n".join(report(figures)))
     if boxes is not None:
-        n_known = sum(len(one.boxes) > 0 for one in dogs)
+        n_known = int(boxes[:, 0].isfinite().all(-1).sum())
         machine.print(f"dogs are annotated in {n_known:,} of {utils.count(len(dogs), 'image')}")
     kinds = estimates(probabilities[:, :, -1], policy)
     machine.print("\n".join(write_results(settings, machine, checkpoint, images, kinds, location, figures)))
