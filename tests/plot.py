@@ -82,7 +82,7 @@ def read_rivals(folders: list[Path]) -> list[Rival]:
 def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
     """A figure of accuracy against multiply-adds per image, one curve for each way to look. Prints its table."""
     curves = defaultdict(list)
-    print("| | | multiply-adds an image, in 10^9 | accuracy in % | 95 % interval |\n|---|---|---|---|---|")
+    print("| | | billions of multiply-adds per image | accuracy in % | 95 % interval |\n|---|---|---|---|---|")
     for rival in read_rivals(folders):
         curves[rival.curve].append(rival)
         low, high = (100 * edge for edge in rival.interval)
@@ -97,7 +97,9 @@ def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
             for edges in zip(*(r.interval for r in rivals))
         ]
         panel.errorbar(cost, accuracy, list(around), marker="o", capsize=2, label=name)
-    panel.set(xscale="log", xlabel="multiply-adds an image, in 10^9", ylabel="test accuracy in %")
+    panel.set(xscale="log", xlabel="billions of multiply-adds per image", ylabel="test accuracy in %")
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter("{x:g}")
     panel.grid(alpha=0.3, which="both")
     panel.legend(fontsize="small")
     return figure
