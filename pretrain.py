@@ -35,7 +35,7 @@ from utils import Machine, UserError, network_setting, setting
 
 FILES = ("pt_glimpse_model.tar", "pt_last.tar", "pt_log.csv")
 KEPT = ("data_dir", "save_dir", "valid_size", "epochs", "batch_size", "lr", "lr_schedule", "seed")  # for main.py
-PROBE_WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+PROBE_WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
