@@ -211,8 +211,8 @@ def draw_panel(
     panel = Image.new("RGB", (width, upper + side + gap), "white")
     draw = ImageDraw.Draw(panel)
     draw.text((gap, gap / 2), caption, "black", font)
-    image = draw_dogs(to_image(canvas, side), dogs)
-    panel.paste(draw_boxes(image, patch_boxes(location, scales, patch_size)), (gap, upper))
+    with_dogs = draw_dogs(to_image(canvas, side), dogs)
+    panel.paste(draw_boxes(with_dogs, patch_boxes(location, scales, patch_size)), (gap, upper))
     for t, color, prediction in zip(range(n_glimpses), GLIMPSE_COLORS * n_glimpses, predictions):
         x, y = left, upper + t * row
         draw.text((x, y + line + tile + gap / 2), prediction, color, font)

@@ -304,6 +304,16 @@ def build_model(
     return RecurrentAttention(backbone=net, n_classes=n_classes, patch_size=backbone["patch_size"], **keywords)
 
 
+def show_watched(
+    run: utils.Run, images: ImageList, dogs: list[dataset.Dogs], model: RecurrentAttention, noise: Tensor, epoch: int
+) -> None:
+    """Show TensorBoard where the model looks in the same few validation images after every epoch (from 0)."""
+    watched = fixed_choice(len(images.files), N_WATCHED, run.settings.seed)
+    shown = images.subset(watched), [dogs[i] for i in watched]
+    for i, drawing in enumerate(draw_images(*shown, model.eval(), noise[watched], run.settings, run.machine)):
+        run.board.add_image(f"validation/{i}", pil_to_tensor(drawing.panel), epoch + 1)
+
+
 def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> None:
     """Train on a frozen backbone and keep the classifier at its best, the epoch with the lowest NLL on validation."""
     run = utils.Run(settings, machine, FILES, last)
@@ -340,11 +350,7 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
             valid = validate(net, valid_loader, valid_noise, policy, machine, boxes, model.glimpse)
             seconds = time.perf_counter() - start
             if run.board:
-                watched = fixed_choice(len(valid_list.files), N_WATCHED, settings.seed)
-                shown = valid_list.subset(watched), [valid_dogs[i] for i in watched]
-                drawn = draw_images(*shown, model.eval(), valid_noise[watched], settings, machine)
-                for i, drawing in enumerate(drawn):
-                    run.board.add_image(f"validation/{i}", pil_to_tensor(drawing.panel), epoch + 1)
+                show_watched(run, valid_list, valid_dogs, model, valid_noise, epoch)
             figures = {"train": means, "valid": valid, "lr": lr, "attention_lr": attention_lr, "seconds": seconds}
             is_best = run.save(epoch, valid["nll"], model, optimizer, **figures)
             machine.print(
@@ -506,7 +512,8 @@ def write_results(
         rows = ([name, *row] for name, row in zip(names, matrix.tolist()))
         utils.write_table(written["confusion matrix"], ["true_class", *names], rows)
         sizes = {name: settings.n_trajectories if name.startswith("average") else 1 for name in kinds}
-        cost = {name: multiply_adds(settings, checkpoint["backbone"], len(names), m) for name, m in sizes.items()}
+        costs = {m: multiply_adds(settings, checkpoint["backbone"], len(names), m) for m in set(sizes.values())}
+        cost = {name: costs[m] for name, m in sizes.items()}
         about = {name: checkpoint["backbone"].get(name) for name in ("arch", "patch_size", "file", "sha256")}
         origin = {"backbone": about, "epoch": checkpoint["epoch"] + 1}
         utils.write_results(written["all figures"], settings, machine, len(labels), figures, cost, **origin)

@@ -56,7 +56,7 @@ class Settings(utils.SharedSettings):
 def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> dict[str, Any]:
     """Load ImageNet weights, torchvision's (version 1, as in 2018), those in a file, or those of an earlier run.
 
-    Returns what the latter stores about its data, and nothing for all others. Raises UserError.
+    Returns the content of the latter's file, and nothing for all others. Raises UserError.
     """
     if weights == "none":
         return {}
@@ -73,7 +73,7 @@ def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> di
     where = f"{weights} (is --arch {arch} right?)"
     if isinstance(state, dict) and "model_dict" in state:
         utils.load_state(backbone.load_state_dict, state["model_dict"], where)
-        return {"fingerprints": {}, **state.get("data", {})}
+        return state
     utils.load_state(lambda state: load_resnet_weights(backbone, state), state, where)
     return {}
 
@@ -81,6 +81,13 @@ def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> di
 def build_model(settings: Settings, n_classes: int) -> PretrainNetwork:
     """The network of these settings, with fresh weights."""
     return PretrainNetwork(backbone=build_backbone(settings.arch), n_classes=n_classes, patch_size=settings.patch_size)
+
+
+def place(model: PretrainNetwork, machine: Machine) -> None:
+    """Move the network to the device, and let its backbone be compiled if that was asked for."""
+    model.to(machine.device, memory_format=torch.channels_last)
+    if machine.compiles:
+        model.backbone.compile()
 
 
 def pretrain_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -147,11 +154,9 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     model = build_model(settings, len(train_list.class_names))
     if last is None and load_initial_weights(model.backbone, settings.weights, settings.arch):
         raise UserError(f"--weights {settings.weights} is a backbone of this script, which is for --task=probe only")
-    model.to(machine.device, memory_format=torch.channels_last)
+    place(model, machine)
     optimizer = utils.make_optimizer(model.parameters())
     run.restore(model, optimizer)
-    if machine.compiles:
-        model.backbone.compile()
     net = utils.wrap(model, machine)
     best = {"model_dict": model.backbone, "heads": model.heads}
     with run.training(model, train_list.split_rule, best) as epochs:
@@ -184,9 +189,7 @@ def test(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> No
     model = build_model(settings, len(images.class_names))
     utils.load_state(model.backbone.load_state_dict, checkpoint["model_dict"], path)
     utils.load_state(lambda content: model.heads.load_state_dict(content["heads"]), checkpoint, path)
-    model.to(machine.device, memory_format=torch.channels_last)
-    if machine.compiles:
-        model.backbone.compile()
+    place(model, machine)
     loading = machine.loading(settings.batch_size, settings.num_workers)
     loader = dataset.make_evaluation_loader(images, canvas_size=canvas_size(settings.patch_size, STARTS[0]), **loading)
     means = evaluate(utils.wrap(model, machine), loader, machine, "test")
@@ -229,6 +232,13 @@ def fit_probe(features: Tensor, labels: Tensor, n_classes: int, weight_decay: fl
     return probe
 
 
+def probe_figures(fitted: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy and negative log-likelihood of a probe on features [N, D] with labels [N]."""
+    logits = fitted(features)
+    accuracy = (logits.argmax(-1) == labels).double().mean().item()
+    return {"accuracy": accuracy, "nll": F.cross_entropy(logits, labels).item()}
+
+
 def probe(settings: Settings, machine: Machine, _: None) -> None:
     """Fit a linear classifier to features of whole images from the initial weights, and print its test accuracy.
 
@@ -241,9 +251,9 @@ def probe(settings: Settings, machine: Machine, _: None) -> None:
     lists, fingerprints = zip(*dataset.check_images(*lists, **machine.checking(settings)))
     torch.manual_seed(settings.seed)
     backbone = build_backbone(settings.arch)
-    seen = load_initial_weights(backbone, settings.weights, settings.arch)
+    earlier = load_initial_weights(backbone, settings.weights, settings.arch)
     for i, use in ((1, "validation"), (2, "test")):
-        dataset.refuse_trained_on(lists[i], fingerprints[i], seen, Path(settings.weights), use)
+        dataset.refuse_trained_on(lists[i], fingerprints[i], earlier.get("data", {}), Path(settings.weights), use)
     backbone.to(machine.device, memory_format=torch.channels_last)
     features = [whole_image_features(backbone, images, settings, machine) for images in lists]
     mean, std = features[0].mean(0), features[0].std(0).clamp_min(1e-6)
@@ -251,28 +261,21 @@ def probe(settings: Settings, machine: Machine, _: None) -> None:
         ((x - mean) / std, torch.tensor(images.labels)) for x, images in zip(features, lists)
     ]
     n_classes = len(lists[0].class_names)
-
-    def figures(fitted: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, float]:
-        logits = fitted(features)
-        accuracy = (logits.argmax(-1) == labels).double().mean().item()
-        return {"accuracy": accuracy, "nll": F.cross_entropy(logits, labels).item()}
-
     probes = {decay: fit_probe(train_x, train_y, n_classes, decay) for decay in PROBE_WEIGHT_DECAYS}
-    best = max(probes, key=lambda decay: figures(probes[decay], *valid)["accuracy"])
-    side, of_test = settings.patch_size, figures(probes[best], *test)
+    on_valid = {decay: probe_figures(fitted, *valid)["accuracy"] for decay, fitted in probes.items()}
+    best = max(on_valid, key=on_valid.get)
+    side, on_test = settings.patch_size, probe_figures(probes[best], *test)
     machine.print(
         f"linear probe of whole images at {side} pixels, features of {settings.weights} weights, "
         f"{len(lists[2].files):,} test images of {settings.data_dir}"
     )
-    machine.print(
-        f"weight decay {best:g}, chosen on validation: accuracy {figures(probes[best], *valid)['accuracy']:.4f}"
-    )
-    machine.print(f"test accuracy {of_test['accuracy']:.4f}")
+    machine.print(f"weight decay {best:g}, chosen on validation: accuracy {on_valid[best]:.4f}")
+    machine.print(f"test accuracy {on_test['accuracy']:.4f}")
     if machine.rank == 0:
         net = nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten(), probes[best]).to("meta")
         cost = {"linear probe": utils.multiply_adds(lambda: net(torch.empty(1, 3, side, side, device="meta")))}
         path = settings.save_dir / f"probe_{settings.arch}_{Path(settings.weights).stem}_{side}.json"
-        utils.write_results(path, settings, machine, len(test[1]), {"probe": {"linear probe": of_test}}, cost)
+        utils.write_results(path, settings, machine, len(test[1]), {"probe": {"linear probe": on_test}}, cost)
         machine.print(f"all figures in {path}")
     machine.print(utils.next_command(settings, "pretrain.py"))
 

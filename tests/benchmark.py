@@ -192,9 +192,7 @@ def make_step(
     if job == "pretrain":
         backbone = build_backbone(setting.arch)
         model = PretrainNetwork(backbone=backbone, n_classes=N_CLASSES, patch_size=setting.patch_size)
-        model.to(machine.device, memory_format=torch.channels_last)
-        if machine.compiles:
-            backbone.compile()
+        pretrain.place(model, machine)
         optimizer = utils.make_optimizer(model.parameters())
         net = utils.wrap(model, machine)
         patches = [random_patches(setting, batch_size) for _ in STARTS]
@@ -265,7 +263,7 @@ def measure_steps(setting: Setting) -> list[Figure]:
     And the operations that they take, in a second of the step, over those of a large matrix product: the peak.
     """
     machine, side = setting.machine, 8192 if setting.machine.gpus else 4096
-    of_type = {"device": machine.device, "dtype": torch.bfloat16 if machine.precision == "bf16" else torch.float32}
+    of_type = {"device": machine.device, "dtype": machine.dtype}
     left, right = torch.randn(2, side, side, **of_type)
     n_patches = {"pretrain": len(STARTS), "train": 1 + K, "test": 1 + K * (1 + N_TRAJECTORIES)}  # of an image
     figures = []
