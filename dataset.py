@@ -362,20 +362,29 @@ def read_image(path: str | Path, size: int) -> Image.Image:
     with open_image(path) as image:
         image.draft(None, (size, size))
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
-        if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+        return to_rgb(image)
 
 
-def load_canvas(path: str | Path, size: int, rng: random.Random | None = None) -> Tensor:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn any image into upright 8-bit RGB; transparent parts become white.
+
+    Raises ValueError for floating-point pixels, whose range is unknown.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+
+
+def load_canvas(path: str | Path, size: int, rng: random.Random | None = None, smallest_crop: float = 1) -> Tensor:
     """Read an image as a canvas, uint8 [3, size, size]. Raises UserError if it is unreadable."""
-    return crop_to_canvas(read_image(path, size), size, rng)
+    image = read_image(path, math.ceil(size / smallest_crop))  # which leaves even the smallest crop all its pixels
+    return crop_to_canvas(image, size, rng, smallest_crop)
 
 
 class Crop(NamedTuple):
@@ -387,24 +396,27 @@ class Crop(NamedTuple):
     flipped: bool
 
 
-def choose_crop(width: int, height: int, rng: random.Random | None = None) -> Crop:
-    """The central square of the short side; with rng a random one, flipped at random."""
+def choose_crop(width: int, height: int, rng: random.Random | None = None, smallest_crop: float = 1) -> Crop:
+    """The central square of the short side; with rng a random one, flipped at random.
+
+    The side of a random crop is uniform between the fraction smallest_crop of the short side and all of it.
+    """
     side = min(width, height)
-    slack = width - side, height - side
     if rng is None:
-        return Crop(slack[0] // 2, slack[1] // 2, side, False)
+        return Crop((width - side) // 2, (height - side) // 2, side, False)
     flipped = rng.random() < 0.5
     # Fractions, not pixels, so that an image decoded at a smaller size is cropped at the same place.
-    left, top = (int(rng.random() * (room + 1)) for room in slack)
-    return Crop(left, top, side, flipped)
+    x, y, scale = rng.random(), rng.random(), rng.uniform(smallest_crop, 1)
+    side = max(1, round(side * scale))
+    return Crop(int(x * (width - side + 1)), int(y * (height - side + 1)), side, flipped)
 
 
-def crop_to_canvas(image: Image.Image, size: int, rng: random.Random | None = None) -> Tensor:
-    """Square crop of the short side, resized once: uint8 [3, size, size].
+def crop_to_canvas(image: Image.Image, size: int, rng: random.Random | None = None, smallest_crop: float = 1) -> Tensor:
+    """The crop of `choose_crop`, resized once: uint8 [3, size, size].
 
     All augmentation happens here, once per image, so that the context and the glimpses can never disagree.
     """
-    left, top, side, flipped = choose_crop(*image.size, rng)
+    left, top, side, flipped = choose_crop(*image.size, rng, smallest_crop)
     square = pil_to_tensor(image.crop((left, top, left + side, top + side)))
     canvas = resize(square, [size, size])  # antialiased, as in Pillow, in half the time
     return canvas.flip(-1) if flipped else canvas
@@ -416,16 +428,18 @@ class ImageDataset(Dataset):
     An index gives the central crop; a pair (index, seed) from `TrainSampler` the crop and flip drawn from the seed.
     """
 
-    def __init__(self, images: ImageList, canvas_size: int) -> None:
+    def __init__(self, images: ImageList, canvas_size: int, smallest_crop: float = 1) -> None:
         self.images = images
         self.canvas_size = canvas_size
+        self.smallest_crop = smallest_crop
 
     def __len__(self) -> int:
         return len(self.images.files)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int, int]:
         index, rng = (key, None) if isinstance(key, int) else (key[0], random.Random(key[1]))
-        return (load_canvas(self.images.files[index], self.canvas_size, rng), self.images.labels[index], index)
+        canvas = load_canvas(self.images.files[index], self.canvas_size, rng, self.smallest_crop)
+        return canvas, self.images.labels[index], index
 
 
 class TrainSampler(Sampler):
@@ -459,6 +473,7 @@ def make_loader(
     num_workers: int,
     pin_memory: bool = False,
     drop_last: bool = False,
+    smallest_crop: float = 1,
 ) -> DataLoader:
     """Batches (uint8 [B, 3, S, S], int64 [B], int64 [B]) in the given order, from workers that persist over epochs.
 
@@ -467,7 +482,7 @@ def make_loader(
     if not len(order):
         raise UserError(f"more processes than images: none of {len(images.files)} is left for this one")
     return DataLoader(
-        ImageDataset(images, canvas_size),
+        ImageDataset(images, canvas_size, smallest_crop),
         batch_size=min(batch_size, len(order)),
         sampler=order,
         num_workers=num_workers,
@@ -483,12 +498,9 @@ def make_evaluation_loader(images: ImageList, *, rank: int, world_size: int, **l
     return make_loader(images, range(rank, len(images.files), world_size), **loading)
 
 
-def make_training_loader(
-    images: ImageList, *, seed: int, rank: int, world_size: int, drop_last: bool = False, **loading: Any
-) -> DataLoader:
+def make_training_loader(images: ImageList, *, seed: int, rank: int, world_size: int, **loading: Any) -> DataLoader:
     """A loader of one process's shard, shuffled and augmented. `loading` goes to `make_loader`."""
-    sampler = TrainSampler(len(images.files), seed, rank, world_size)
-    return make_loader(images, sampler, drop_last=drop_last, **loading)
+    return make_loader(images, TrainSampler(len(images.files), seed, rank, world_size), **loading)
 
 
 # --- the check before training

@@ -67,7 +67,8 @@ def run(main: Callable[[], None]) -> None:
         nonlocal exit_code
         exit_code = 128 + number
         # A signal to the process group also ends the loader's workers, which PyTorch would report as a crash.
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        with contextlib.suppress(AttributeError):  # Windows has no such signal
+            signal.signal(signal.SIGCHLD, lambda *_: None)
         raise KeyboardInterrupt
 
     exit_code = 128 + signal.SIGINT
@@ -84,7 +85,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit("error: " + str(error).strip().splitlines()[-1].rpartition("UserError: ")[2])
     except OutputClosed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it flushes
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(128 + 13)  # of SIGPIPE, which Windows lacks
     except (RuntimeError, MemoryError) as error:
         if not (reason := explain(error)):
             raise
@@ -103,6 +104,7 @@ GROUPS = TASK, FILES, TRAINING, MACHINE, NETWORK = ("task", "data and files", "t
 RULES = {
     "above": lambda value, limit: value > limit,
     "at_least": lambda value, limit: value >= limit,
+    "at_most": lambda value, limit: value <= limit,
     "below": lambda value, limit: value < limit,
     "multiple_of": lambda value, factor: value % factor == 0,
     "one_of": lambda value, choices: value in choices,
@@ -572,10 +574,11 @@ def replacing(path: Path, **how: Any) -> Iterator[IO[Any]]:
 
 
 def write_table(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV file, completely or not at all."""
+    """Write a CSV file, completely or not at all; fractions get four digits."""
+    cells = ([f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
     # A file name that is not text in the system's encoding is written as it is.
     with replacing(path, mode="w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([header, *rows])
+        csv.writer(file).writerows([header, *cells])
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

@@ -201,6 +201,40 @@ def test_random_crops_lie_inside_the_image_and_half_are_flipped(tmp_path: Path) 
     assert dataset.crop_to_canvas(Image.new("RGB", (1, 5000)), 32).shape == (3, 32, 32)
 
 
+def test_smaller_random_crops_are_squares_of_any_size_down_to_the_smallest() -> None:
+    across, down = np.meshgrid(np.arange(200, dtype=np.uint8), np.arange(100, dtype=np.uint8))
+    ramp = Image.fromarray(np.stack([across, down, down], axis=-1))  # a pixel names its place
+    sides, seen = [], np.zeros((100, 200), dtype=bool)
+    for seed in range(300):
+        rng = random.Random(seed)
+        crop = dataset.choose_crop(200, 100, rng, 0.5)
+        canvas = dataset.crop_to_canvas(ramp, crop.side, random.Random(seed), 0.5)
+        x, y = canvas[0].flip(-1) if crop.flipped else canvas[0], canvas[1]
+        assert (x == torch.arange(crop.left, crop.left + crop.side)).all()
+        assert (y[:, 0] == torch.arange(crop.top, crop.top + crop.side)).all()
+        sides.append(crop.side)
+        seen[crop.top : crop.top + crop.side, crop.left : crop.left + crop.side] = True
+    assert (
+        50 <= min(sides) <= 52
+        and 98 <= max(sides) <= 100
+        and 73 < np.mean(sides) < 77
+        and seen[3:-3, 3:-3].mean() > 0.99
+    )
+    whole, as_ever = (dataset.choose_crop(200, 100, random.Random(1), *rest) for rest in ((1,), ()))
+    assert whole == as_ever and whole.side == 100
+    assert dataset.choose_crop(200, 100, None, 0.5) == (50, 0, 100, False)
+
+
+def test_jpegs_keep_the_pixels_of_small_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would be enlarged if the image were decoded for a crop of its whole short side."""
+    draw_image(np.random.default_rng(0), 800, 800).save(tmp_path / "large.jpg")
+    sizes, real = [], dataset.crop_to_canvas
+    monkeypatch.setattr(dataset, "crop_to_canvas", lambda image, *rest: sizes.append(image.size) or real(image, *rest))
+    for smallest in (1, 0.5, 0.2):
+        assert dataset.load_canvas(tmp_path / "large.jpg", 96, random.Random(0), smallest).shape == (3, 96, 96)
+    assert sizes == [(100, 100), (200, 200), (800, 800)]
+
+
 def test_full_size_glimpse_is_the_context_after_any_augmentation(make_data) -> None:
     """The 2018 code paired a flipped context with glimpses of the unflipped image, from another crop."""
     images = read_list(make_data(), "train")
