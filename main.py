@@ -8,7 +8,7 @@
     python main.py --task=predict --images photo.jpg folder/  # classify images
 
 Training reads pt_glimpse_model.tar of pretrain.py and writes saved_model.tar (the best classifier), last.tar (to resume
-from) and log.csv under --save_dir. The other tasks need saved_model.tar only.
+from) and log.csv under --save_dir. The other tasks need saved_model.tar only. From Python, `load_classifier` opens it.
 """
 
 if __name__ == "__main__":  # Ctrl-C ends the script quietly while PyTorch is imported, which takes seconds
@@ -54,6 +54,7 @@ from utils import Machine, UserError, file_setting, network_setting, setting, tr
 
 FILES = ("saved_model.tar", "last.tar", "log.csv")
 BACKBONE_OF_2018 = {"arch": "resnet50", "patch_size": 96}  # its file holds only the weights
+N_BEST = 5  # classes that are named as most probable
 N_CONFUSED = 10  # pairs of classes that test names
 N_ON_SHEET = 40  # images on the contact sheet
 N_PLACES = 12  # along each axis, that stand for glimpses anywhere in the image
@@ -310,7 +311,8 @@ def show_watched(
     """Show TensorBoard where the model looks in the same few validation images after every epoch (from 0)."""
     watched = fixed_choice(len(images.files), N_WATCHED, run.settings.seed)
     shown = images.subset(watched), [dogs[i] for i in watched]
-    for i, drawing in enumerate(draw_images(*shown, model.eval(), noise[watched], run.settings, run.machine)):
+    classifier = Classifier(model.eval(), run.settings, run.machine, images.class_names)
+    for i, drawing in enumerate(draw_images(*shown, classifier, noise[watched])):
         run.board.add_image(f"validation/{i}", pil_to_tensor(drawing.panel), epoch + 1)
 
 
@@ -363,8 +365,8 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
 # --- test
 
 
-def load_classifier(settings: Settings, checkpoint: dict[str, Any], machine: Machine) -> RecurrentAttention:
-    """The best classifier, in eval mode on the device. Raises UserError if the checkpoint does not fit."""
+def load_model(settings: Settings, checkpoint: dict[str, Any], machine: Machine) -> RecurrentAttention:
+    """The best network, in eval mode on the device. Raises UserError if the checkpoint does not fit."""
     path = settings.save_dir / FILES[0]
     model = build_model(settings, checkpoint["backbone"], len(checkpoint["data"]["class_names"]), path)
     utils.load_state(model.load_state_dict, checkpoint["model_dict"], path)
@@ -388,6 +390,18 @@ def estimates(values: Tensor, policy: str) -> dict[str, Tensor]:
     return grouped
 
 
+def most_probable(probabilities: Tensor, class_names: list[str]) -> list[tuple[str, float]]:
+    """The N_BEST most probable classes, by probabilities [C], each with its probability."""
+    values, labels = probabilities.topk(min(N_BEST, len(class_names)))
+    return [(class_names[label], value) for value, label in zip(values.tolist(), labels.tolist())]
+
+
+def prediction_header(n_classes: int, n_glimpses: int) -> list[str]:
+    """Columns of a table of predictions: those of `most_probable`, and where a trajectory looked."""
+    best = [f"{what}_{i + 1}" for i in range(min(N_BEST, n_classes)) for what in ("class", "probability")]
+    return best + [f"{axis}_{t + 1}" for t in range(n_glimpses) for axis in "xy"]
+
+
 def write_predictions(
     path: Path, images: ImageList, data_dir: Path, probabilities: dict[str, Tensor], location: Tensor
 ) -> None:
@@ -397,13 +411,13 @@ def write_predictions(
     """
     names, rows = images.class_names, []
     for estimate, values in probabilities.items():
-        best = values[:, 0].max(-1)
-        for i, (file, truth, label) in enumerate(zip(images.files, images.labels, best.indices.tolist())):
-            places = location[i].flatten().tolist() if estimate == "deterministic" else []
-            cells = [f"{best.values[i]:.4f}", *(f"{place:.4f}" for place in places)]
-            rows.append([file.relative_to(data_dir), estimate, names[truth], names[label], *cells])
-    places = [f"{axis}_{t + 1}" for t in range(location.shape[1]) for axis in "xy"]
-    utils.write_table(path, ["file", "estimate", "true_class", "predicted_class", "probability", *places], rows)
+        for i, (file, truth) in enumerate(zip(images.files, images.labels)):
+            of_true = [names[truth], f"{values[i, 0, truth]:.4f}"]
+            place = location[i] if estimate == "deterministic" else torch.empty(0)
+            best = [cell for pair in most_probable(values[i, 0], names) for cell in pair]
+            rows.append([file.relative_to(data_dir), estimate, *of_true, *best, *place.flatten().tolist()])
+    header = ["file", "estimate", "true_class", "true_probability"]
+    utils.write_table(path, [*header, *prediction_header(len(names), location.shape[1])], rows)
 
 
 def write_accuracy_per_class(path: Path, class_names: list[str], kinds: dict[str, Tensor], labels: Tensor) -> None:
@@ -415,7 +429,7 @@ def write_accuracy_per_class(path: Path, class_names: list[str], kinds: dict[str
     rows = []
     for label in labels.unique().tolist():
         of_class = labels == label
-        accuracies = [f"{values[of_class].mean().item():.4f}" for values in correct.values()]
+        accuracies = [values[of_class].mean().item() for values in correct.values()]
         rows.append([class_names[label], int(of_class.sum()), *accuracies])
     utils.write_table(path, ["class", "images", *(name.replace(" ", "_") for name in correct)], rows)
 
@@ -533,7 +547,7 @@ def test(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> No
         dataset.refuse_trained_on(images, fingerprints, data, path, "test")
     dogs = read_dogs(settings, images)
     boxes = dataset.boxes_of_dogs(dogs)
-    model = load_classifier(settings, checkpoint, machine)
+    model = load_model(settings, checkpoint, machine)
     loading = machine.loading(settings.batch_size, settings.num_workers)
     loader = dataset.make_evaluation_loader(images, canvas_size=model.glimpse.canvas_size, **loading)
     noise = noise_for(dogs, settings, settings.n_trajectories)
@@ -555,6 +569,64 @@ def test(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> No
 # --- drawings and predictions
 
 
+class Prediction(NamedTuple):
+    """What a classifier says of one image of C classes after T glimpses."""
+
+    probabilities: Tensor  # [C], averaged over the sampled trajectories where the policy has any
+    attention: Tensor  # [T, 4], over top left, top right, bottom left, bottom right, of the first trajectory
+    location: Tensor  # [T, 2], centres of its glimpses: (x, y) in (-1, 1), x to the right, y down
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A trained network with what it takes to use it. The first trajectory is deterministic if the policy allows."""
+
+    model: RecurrentAttention
+    settings: Settings
+    machine: Machine
+    class_names: list[str]
+
+    def __call__(self, image: Image.Image | str | Path) -> Prediction:
+        """Classify a PIL image or a file, of any size and mode. Raises UserError for a file that is unreadable."""
+        size = self.model.glimpse.canvas_size
+        is_open = isinstance(image, Image.Image)
+        canvas = dataset.crop_to_canvas(dataset.to_rgb(image), size) if is_open else dataset.load_canvas(image, size)
+        rollout = self.look(canvas.unsqueeze(0), self.noise())
+        probabilities = self.best_estimate(rollout.logits[:, :, -1].softmax(-1))[1]
+        return Prediction(probabilities[0, 0], rollout.attention[0, 0], rollout.location[0, 0])
+
+    def noise(self) -> Tensor:
+        """Noise [1, M, T, 2]: the same for every image, so that a prediction does not depend on the other images."""
+        settings = self.settings
+        return evaluation_noise(settings.policy, 1, settings.n_trajectories, settings.n_glimpses, settings.seed)
+
+    @torch.no_grad()
+    def look(self, canvases: Tensor, noise: Tensor) -> Rollout:
+        """Roll out trajectories over canvases uint8 [B, 3, S, S], with noise [B, M, T, 2]. Returns CPU tensors."""
+        net, device = utils.MixedPrecision(self.model, self.machine), self.machine.device
+        rollout = net(canvases.to(device), noise.to(device), self.settings.policy)
+        return Rollout(*(value.cpu() for value in rollout))
+
+    def best_estimate(self, probabilities: Tensor) -> tuple[str, Tensor]:
+        """The best of the `estimates` of probabilities [B, M, C]: its name, and its probabilities [B, 1, C]."""
+        return list(estimates(probabilities, self.settings.policy).items())[-1]
+
+
+def load_classifier(save_dir: str | Path, **flags: Any) -> Classifier:
+    """The trained classifier in a folder. flags: any of `--task=predict`, such as n_trajectories=1 or device="cpu".
+
+    Raises UserError if there is none, and for a flag that contradicts it.
+    """
+    settings, checkpoint = read_settings({"task": "predict", "save_dir": Path(save_dir), **flags})
+    machine = utils.set_up_machine(settings.device, settings.gpus, settings.precision, settings.compile)
+    return trained_classifier(settings, machine, checkpoint)
+
+
+def trained_classifier(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> Classifier:
+    """The best classifier, of a checkpoint. Raises UserError if that does not fit."""
+    return Classifier(load_model(settings, checkpoint, machine), settings, machine, checkpoint["data"]["class_names"])
+
+
 class Drawing(NamedTuple):
     """An image, where the first trajectory looked in it, and what all of them predicted."""
 
@@ -563,27 +635,22 @@ class Drawing(NamedTuple):
     boxes: Tensor  # [T, k, 4]
     probabilities: Tensor  # [M, C], after the last glimpse
     caption: str
+    right: bool | None  # whether the first trajectory's prediction is, if the label is known
     panel: Image.Image
 
 
-@torch.no_grad()
 def draw_images(
-    images: ImageList,
-    dogs: list[dataset.Dogs],
-    model: RecurrentAttention,
-    noise: Tensor,
-    settings: Settings,
-    machine: Machine,
+    images: ImageList, dogs: list[dataset.Dogs], classifier: Classifier, noise: Tensor
 ) -> Iterator[Drawing | UserError]:
     """Classify images along the trajectories of noise [N, M, T, 2], and draw the first one of each, in order.
 
-    The first trajectory is the deterministic one unless the policy is random. The labels of the images may be unknown,
-    that is, missing, as may be the dogs. An image that cannot be read gives its error.
+    The labels of the images may be unknown, that is, missing, as may be the dogs. An image that cannot be read gives
+    its error.
     """
-    net, size = utils.MixedPrecision(model, machine), model.glimpse.canvas_size
-    for start in range(0, len(images.files), settings.batch_size):
+    size, batch_size = classifier.model.glimpse.canvas_size, classifier.settings.batch_size
+    for start in range(0, len(images.files), batch_size):
         batch: dict[int, Tensor | UserError] = {}
-        for i in range(start, min(start + settings.batch_size, len(images.files))):
+        for i in range(start, min(start + batch_size, len(images.files))):
             try:
                 batch[i] = dataset.load_canvas(images.files[i], size)
             except UserError as error:
@@ -592,41 +659,36 @@ def draw_images(
         drawings = {}
         if readable:
             canvases = torch.stack([batch[i] for i in readable])
-            rollout = net(canvases.to(machine.device), noise[readable].to(machine.device), settings.policy)
-            rollout = Rollout(*(value.cpu() for value in rollout))
+            rollout = classifier.look(canvases, noise[readable])
             for j, i in enumerate(readable):
                 boxes = dataset.boxes_on_canvas(dogs[i]) if dogs else torch.empty(0, 4)
-                drawings[i] = draw_one(images, i, boxes, canvases[j], rollout, j, model, settings.policy)
+                of_one = Rollout(*(value[j] for value in rollout))
+                drawings[i] = draw_one(images, i, boxes, canvases[j], of_one, classifier)
         yield from (drawings.get(i, canvas) for i, canvas in batch.items())
 
 
 def draw_one(
-    images: ImageList,
-    i: int,
-    dogs: Tensor,
-    canvas: Tensor,
-    rollout: Rollout,
-    row: int,
-    model: RecurrentAttention,
-    policy: str,
+    images: ImageList, i: int, dogs: Tensor, canvas: Tensor, rollout: Rollout, classifier: Classifier
 ) -> Drawing:
-    """Draw the first trajectory over image i, whose canvas is uint8 [3, S, S] and whose rollout is in this row.
+    """Draw the first trajectory over image i, whose canvas is uint8 [3, S, S] and whose rollout is over it alone.
 
     dogs: annotated boxes [n, 4], if any.
     """
-    glimpse, location, names = model.glimpse, rollout.location[row, 0], images.class_names
-    probabilities = rollout.logits[row].softmax(-1)  # [M, T, C]
+    glimpse, policy, names = classifier.model.glimpse, classifier.settings.policy, images.class_names
+    location, probabilities = rollout.location[0], rollout.logits.softmax(-1)  # [T, 2], [M, T, C]
     drawn = probabilities[0]  # [T, C]
     predictions = [f"{names[p.argmax()]} ({p.max():.2f})" for p in drawn]
-    caption = f"predicted {predictions[-1]}"
+    caption, right = f"predicted {predictions[-1]}", None
     if images.labels:
-        caption += f", true {names[images.labels[i]]} ({drawn[-1, images.labels[i]]:.2f})"
+        label = images.labels[i]
+        right = int(drawn[-1].argmax()) == label
+        caption += f", true {names[label]} ({drawn[-1, label]:.2f})"
     title = f"{policy} policy, {'sampled' if policy == 'random' else 'deterministic'} trajectory\n{caption}"
     title = f"{images.files[i].name}: {title}"
-    attention = rollout.attention[row, 0] if policy == "learned" else None
+    attention = rollout.attention[0] if policy == "learned" else None
     panel = draw_panel(canvas, location, attention, glimpse.scales, glimpse.patch_size, title, predictions, dogs)
     boxes = patch_boxes(location, glimpse.scales, glimpse.patch_size)
-    return Drawing(canvas, location, boxes, probabilities[:, -1], caption, panel)
+    return Drawing(canvas, location, boxes, probabilities[:, -1], caption, right, panel)
 
 
 def fixed_choice(n_images: int, n_chosen: int, seed: int) -> list[int]:
@@ -648,9 +710,9 @@ def view_glimpses(settings: Settings, machine: Machine, checkpoint: dict[str, An
     images = dataset.read_list(settings.data_dir, "test")
     utils.refuse_other_classes(checkpoint, images.class_names, settings.data_dir, settings.save_dir / FILES[0])
     images = images.subset(fixed_choice(len(images.files), settings.n_samples, settings.seed))
-    model, n_images = load_classifier(settings, checkpoint, machine), len(images.files)
+    classifier, n_images = trained_classifier(settings, machine, checkpoint), len(images.files)
     dogs = read_dogs(settings, images)
-    drawings = draw_images(images, dogs, model, single_noise(dogs, settings), settings, machine)
+    drawings = draw_images(images, dogs, classifier, single_noise(dogs, settings))
     paths, on_sheet = [settings.imgs_dir / f"glimpse_{i}.jpg" for i in range(n_images)], []
     bar = tqdm(drawings, "view_glimpses", n_images, unit=" images", leave=False, disable=None)
     for path, drawing in zip(paths, bar):
@@ -658,7 +720,8 @@ def view_glimpses(settings: Settings, machine: Machine, checkpoint: dict[str, An
             raise drawing
         save_image(path, drawing.panel)
         if len(on_sheet) < N_ON_SHEET:
-            on_sheet.append((drawing.canvas, drawing.boxes, drawing.caption.replace(", true", "\ntrue")))
+            caption = drawing.caption.replace(", true", "\ntrue")
+            on_sheet.append((drawing.canvas, drawing.boxes, caption, drawing.right))
     for path in set(settings.imgs_dir.glob("glimpse_*.jpg")) - set(paths):  # of an earlier, longer choice
         if re.fullmatch(r"glimpse_\d+\.jpg", path.name):
             path.unlink()
@@ -676,28 +739,24 @@ def predict(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) ->
     """
     if settings.policy == "oracle":
         raise UserError("--policy oracle looks at annotated dogs: choose another for --task=predict")
-    class_names, files = checkpoint["data"]["class_names"], dataset.find_images(settings.images)
-    model, images = load_classifier(settings, checkpoint, machine), ImageList(files, [], class_names)
-    # The same noise for every image, so that its prediction does not depend on the others.
-    noise = evaluation_noise(settings.policy, 1, settings.n_trajectories, model.n_glimpses, settings.seed)
-    drawings = draw_images(images, [], model, noise.expand(len(files), -1, -1, -1), settings, machine)
-    n_best, rows = min(5, len(class_names)), []
+    files = dataset.find_images(settings.images)
+    classifier = trained_classifier(settings, machine, checkpoint)
+    images, names, rows = ImageList(files, [], classifier.class_names), classifier.class_names, []
+    drawings = draw_images(images, [], classifier, classifier.noise().expand(len(files), -1, -1, -1))
     for file, drawing in zip(files, tqdm(drawings, "predict", len(files), unit=" images", leave=False, disable=None)):
         if isinstance(drawing, UserError):
             machine.print(f"passed over: {drawing}")
             continue
-        *_, (estimate, probabilities) = estimates(drawing.probabilities.unsqueeze(0), settings.policy).items()
-        values, labels = (part.tolist() for part in probabilities.flatten().topk(n_best))
+        estimate, probabilities = classifier.best_estimate(drawing.probabilities.unsqueeze(0))
+        best = most_probable(probabilities.flatten(), names)
         # A hash tells apart images of the same name.
         unique = hashlib.sha256(os.fsencode(os.path.abspath(file))).hexdigest()[:8]
         path = settings.imgs_dir / f"predict_{file.name[:40]}_{unique}.jpg"
         save_image(path, drawing.panel)
-        lines = [f"  {value:6.1%}  {class_names[label]}" for value, label in zip(values, labels)]
+        lines = [f"  {value:6.1%}  {name}" for name, value in best]
         machine.print("\n".join([f"{file}: {estimate} (drawn in {path})", *lines]))
-        best = [cell for value, label in zip(values, labels) for cell in (class_names[label], f"{value:.4f}")]
-        rows.append([file, *best, *(f"{place:.4f}" for place in drawing.location.flatten().tolist())])
-    header = [f"{what}_{i + 1}" for i in range(n_best) for what in ("class", "probability")]
-    header += [f"{axis}_{t + 1}" for t in range(model.n_glimpses) for axis in "xy"]
+        rows.append([file, *(cell for pair in best for cell in pair), *drawing.location.flatten().tolist()])
+    header = prediction_header(len(names), settings.n_glimpses)
     table = settings.imgs_dir / "predictions.csv"
     if rows:
         utils.write_table(table, ["file", *header], rows)
@@ -706,18 +765,24 @@ def predict(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) ->
         raise UserError(f"{len(files) - len(rows)} of {len(files)} images could not be read and were passed over")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Read flags and checkpoint, find the device, do the task."""
-    of_backbone = "it is the backbone's: choose it in pretrain.py"
-    given = utils.parse_flags(Settings, __doc__, argv, arch=of_backbone, patch_size=of_backbone)
+def read_settings(given: dict[str, Any]) -> tuple[Settings, dict[str, Any] | None]:
+    """`utils.read_settings` of this script. Raises UserError also for a k and a start_size that do not go together."""
     hint = "train one with `python main.py`, or give its --save_dir"
     settings, checkpoint = utils.read_settings(Settings, given, FILES, hint, backbone=dict)
-    if settings.task == "predict" and not settings.images:
-        raise UserError("--task=predict needs --images PATH ...")
     try:
         patch_scales(settings.k, settings.start_size)
     except ValueError as error:
         raise UserError(f"--k and --start_size: {error}") from None
+    return settings, checkpoint
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read flags and checkpoint, find the device, do the task."""
+    of_backbone = "it is the backbone's: choose it in pretrain.py"
+    given = utils.parse_flags(Settings, __doc__, argv, arch=of_backbone, patch_size=of_backbone)
+    settings, checkpoint = read_settings(given)
+    if settings.task == "predict" and not settings.images:
+        raise UserError("--task=predict needs --images PATH ...")
     machine = utils.set_up_machine(settings.device, settings.gpus, settings.precision, settings.compile)
     if machine.world_size > 1 and settings.task in ("view_glimpses", "predict"):
         raise UserError(f"--task={settings.task} runs in one process: start it without torchrun")

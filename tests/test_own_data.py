@@ -220,7 +220,7 @@ def test_both_scripts_on_own_images(own_data: Path, tmp_path: Path, capsys: pyte
         mine = [row for row in predictions if row["estimate"] == estimate]
         assert [own_data / row["file"] for row in mine] == read_list(own_data, "test").files
         for row in rows:
-            correct = [p["predicted_class"] == row["class"] for p in mine if p["true_class"] == row["class"]]
+            correct = [p["class_1"] == row["class"] for p in mine if p["true_class"] == row["class"]]
             assert float(row[estimate.replace(" ", "_")]) == pytest.approx(sum(correct) / len(correct), abs=1e-4)
 
 
@@ -712,6 +712,37 @@ def test_images_are_predicted_in_bulk(
             numbers = [name for name in row if name[0] in "pxy"]
             assert all(float(row[name]) == pytest.approx(float(other[name]), abs=2e-4) for name in numbers)
             assert all(row[name] == other[name] for name in row if name not in numbers)
+
+
+def test_classifier_in_python_says_what_predict_does(trained_once: Path, photos: Path, tmp_path: Path) -> None:
+    """Of files and of PIL images alike, whose own pixels and orientation are left as they are."""
+    imgs, turned = tmp_path / "imgs", tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    draw_image(np.random.default_rng(1), 50, 36).save(turned, exif=exif)
+    run(main, predict(trained_once, imgs, "--images", str(photos / "a"), str(turned)))
+    given = {"device": "cpu", "precision": "fp32"}
+    classifier = main.load_classifier(trained_once / "out", n_trajectories=2, **given)
+    assert not classifier.model.training
+    for row in read_log(imgs / "predictions.csv"):
+        image = Image.open(row["file"])
+        for either in (image, Path(row["file"]), row["file"]):
+            prediction = classifier(either)
+            in_table = {row[f"class_{i}"]: float(row[f"probability_{i}"]) for i in (1, 2)}
+            ours = dict(zip(classifier.class_names, prediction.probabilities.tolist(), strict=True))
+            assert ours == pytest.approx(in_table, abs=2e-4)
+            places = [float(row[f"{axis}_{t}"]) for t in (1, 2) for axis in "xy"]
+            assert prediction.location.flatten().tolist() == pytest.approx(places, abs=2e-4)
+            assert prediction.attention.shape == (2, 4) and torch.allclose(prediction.attention.sum(-1), torch.ones(2))
+        assert image.getexif().get(0x0112) == (6 if row["file"] == str(turned) else None)
+    center = main.load_classifier(str(trained_once / "out"), policy="center", **given)
+    assert not center(turned).location.any()
+    with pytest.raises(utils.UserError, match="nowhere/saved_model.tar not found: train one"):
+        main.load_classifier("nowhere")
+    with pytest.raises(utils.UserError, match="--k 2 contradicts"):
+        main.load_classifier(trained_once / "out", k=2)
+    with pytest.raises(utils.UserError, match="gone.jpg not found"):
+        classifier("gone.jpg")
 
 
 def test_paths_that_are_missing_are_named_before_the_first_image(

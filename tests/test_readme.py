@@ -69,7 +69,7 @@ def run_as_written(script: str, words: list[str]) -> None:
     module.main(fit(module, [*words, *sizes]))
 
 
-def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """In one folder, one after the other, as a reader would try them.
 
     torchrun, make and the download have tests of their own: of their commands, only flags and targets are checked.
@@ -95,6 +95,9 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         else:
             run_as_written(words[0], words[1:])
             n_run += 1
+    [in_python] = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    exec(in_python.replace("data/saved_models", "saved"), {})
+    assert "tensor(" in capsys.readouterr().out.splitlines()[-1]
     drawings = sorted(re.sub(r"_[0-9a-f]{8}\.", ".", path.name) for path in Path("imgs").iterdir())
     predicted = [f"predict_{name}.jpg" for name in ("another.png", "photo.jpg", "third.webp")]
     assert drawings == ["contact_sheet.jpg", "glimpse_0.jpg", "glimpse_1.jpg", *predicted, "predictions.csv"]

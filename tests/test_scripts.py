@@ -452,16 +452,21 @@ def test_each_policy_has_tables_of_its_own(main_args: list[str], save_dir: Path,
         assert results["made_by"]["torch"] == torch.__version__ and results["settings"]["n_trajectories"] == 3
         last = [row for row in rows if row["estimate"] == wanted[-1]]
         for line in read_log(save_dir / f"confusion_{policy}.csv"):
-            mine = [row["predicted_class"] for row in last if row["true_class"] == line["true_class"]]
+            mine = [row["class_1"] for row in last if row["true_class"] == line["true_class"]]
             assert {name: int(line[name]) for name in classes_of} == {name: mine.count(name) for name in classes_of}
         assert list(dict.fromkeys(row["estimate"] for row in rows)) == list(wanted) and len(rows) == 9 * len(wanted)
-        assert list(rows[0])[:5] == ["file", "estimate", "true_class", "predicted_class", "probability"]
+        assert list(rows[0])[:5] == ["file", "estimate", "true_class", "true_probability", "class_1"]
         for estimate in wanted:
             mine = [row for row in rows if row["estimate"] == estimate]
             assert [Path(main_args[1], row["file"]) for row in mine] == images.files
             assert [row["true_class"] for row in mine] == names
-            assert all(1 / 3 <= float(row["probability"]) <= 1 for row in mine)
-            correct = [row["true_class"] == row["predicted_class"] for row in mine]
+            assert all(1 / 3 <= float(row["probability_1"]) <= 1 for row in mine)
+            for row in mine:  # of three classes all are named, from the most probable on
+                named = {row[f"class_{i}"]: float(row[f"probability_{i}"]) for i in (1, 2, 3)}
+                assert named[row["true_class"]] == float(row["true_probability"]) and named.keys() == set(classes_of)
+                assert sum(named.values()) == pytest.approx(1, abs=2e-4)
+                assert list(named.values()) == sorted(named.values(), reverse=True)
+            correct = [row["true_class"] == row["class_1"] for row in mine]
             figures = find_result(report, f"policy {policy}", estimate)
             assert figures["accuracy"] == pytest.approx(sum(correct) / 9, abs=1e-4)
             figures_written = results["figures"][f"policy {policy}"][estimate]
@@ -479,7 +484,7 @@ def test_each_policy_has_tables_of_its_own(main_args: list[str], save_dir: Path,
                 places = torch.tensor([list(map(float, row)) for row in places])
                 assert torch.allclose(places, rollout.location.flatten(1), atol=1e-3) and places.abs().min() > 0
                 probability = rollout.logits[:, 0, -1].softmax(-1).max(-1).values
-                assert [float(row["probability"]) for row in mine] == pytest.approx(probability.tolist(), abs=1e-3)
+                assert [float(row["probability_1"]) for row in mine] == pytest.approx(probability.tolist(), abs=1e-3)
         estimates = [name.replace("_", " ") for name in classes[0]][2:]
         printed = re.findall(rf"^policy {policy} +(\w+ \w+ \d|\w+ \w+|\w+)  +accuracy", report, re.MULTILINE)
         assert estimates == printed
