@@ -20,11 +20,11 @@ demo: $(VENV)/.installed $(TOY)/lists/test_list.mat
 	$(RUN) main.py $(TRAIN) $(GLIMPSES)
 	$(RUN) main.py --save_dir $(UNTRAINED) --task=view_glimpses --imgs_dir imgs/toy/before
 	$(RUN) main.py --save_dir $(OUT) --task=view_glimpses --imgs_dir imgs/toy
-	for policy in learned center random; do \
-	    $(RUN) main.py --save_dir $(OUT) --task=test --policy=$$policy | tee $(OUT)/test_$$policy.txt; \
+	@echo; echo "Where to look, learned or not:"
+	@for policy in learned center random; do \
+	    $(RUN) main.py --save_dir $(OUT) --task=test --policy=$$policy > $(OUT)/test_$$policy.txt; \
 	done
-	@echo; echo "Where to look, learned or not:"; grep -hE "^(policy|glimpse)" $(OUT)/test_{learned,center,random}.txt
-	@echo "Where the model looks is drawn in imgs/toy/glimpse_<i>.jpg, and before training in imgs/toy/before."
+	@$(RUN) tests/demo_figure.py --data_dir $(TOY) --untrained $(UNTRAINED) --trained $(OUT) --out imgs/toy/demo.jpg
 
 # Stanford Dogs at its own size, with the settings of the README's table of 120 breeds; after an interruption, go on.
 resumed = $$([ ! -e data/saved_models/$(1) ] || echo --resume_training=True)

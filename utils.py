@@ -366,7 +366,8 @@ def refuse_to_compile(gpus: list[int]) -> None:
     if len(gpus) > 1:
         command = shlex.join(["torchrun", f"--nproc_per_node={len(gpus)}", *sys.argv])
         raise UserError(f"--compile takes one GPU per process: choose it with --gpus, or start `{command}`")
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # which PyTorch calls
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    compiler = os.environ.get("CXX", usual)  # which PyTorch calls
     if not gpus and not shutil.which(compiler):
         raise UserError(f"--compile needs a C++ compiler, and {compiler} was not found: install it, or do without")
 

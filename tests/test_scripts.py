@@ -845,17 +845,19 @@ def test_threads_of_data_parallel_compute_in_bfloat16() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [main, pretrain])
 def test_compiled_run_is_like_the_eager_one(
-    script: ModuleType, pretrain_args: list[str], main_args: list[str], tmp_path: Path
+    script: ModuleType, pretrain_args: list[str], main_args: list[str], make_data, tmp_path: Path
 ) -> None:
+    make_data(n_train=80)
     args, log, best = {
         pretrain: (pretrain_args, "pt_log.csv", "pt_glimpse_model.tar"),
         main: (main_args, "log.csv", "saved_model.tar"),
     }[script]
     backbone = args[args.index("--save_dir") + 1] + "/pt_glimpse_model.tar"
-    args = [*args, "--backbone", backbone] if script is main else args
+    args = [*args, "--batch_size", "32", *(["--backbone", backbone] if script is main else [])]
     compiled = []
     for name, how in (("eager", []), ("compiled", ["--compile"])):
         for task in (["--overwrite", "--epochs", "2"], ["--task=test"]):
+            torch._dynamo.reset()  # as in a process of its own
             torch._dynamo.utils.counters.clear()
             run(script, [*args, *task, "--save_dir", str(tmp_path / name), *how])
             compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0)
@@ -863,7 +865,10 @@ def test_compiled_run_is_like_the_eager_one(
     rows, others = (read_log(tmp_path / name / log) for name in ("eager", "compiled"))
     for row, other in zip(rows, others, strict=True):
         for name in set(row) - {"seconds"}:
-            assert float(row[name]) == pytest.approx(float(other[name]), rel=0.05, abs=0.02), name
+            # A backbone in training rounds otherwise when compiled, and after ten steps most images are near-ties, so
+            # that its accuracies may differ by some images where its losses agree to a thousandth.
+            if script is main or "accuracy" not in name:
+                assert float(row[name]) == pytest.approx(float(other[name]), rel=0.005, abs=1e-4), name
     eager, other = (read(tmp_path / name / best) for name in ("eager", "compiled"))
     assert eager.keys() == other.keys() and list(eager["model_dict"]) == list(other["model_dict"])
     if script is main:
