@@ -11,13 +11,16 @@ from dataclasses import Field, fields
 from pathlib import Path
 from types import ModuleType
 
+import demo_figure
+import numpy as np
 import plot
 import pytest
 import torch
-from conftest import ARCH, BACKBONE, SMALL, fails, fit, read_log, run, save_backbone, without_seconds
+from conftest import ARCH, BACKBONE, SMALL, annotate, fails, fit, read_log, run, save_backbone, without_seconds
 from matplotlib import pyplot
 from PIL import Image
 
+import dataset
 import main
 import pretrain
 import utils
@@ -346,3 +349,39 @@ def test_a_run_is_described_in_a_few_short_lines(tmp_path: Path) -> None:
     assert "1,201 training images and 1 validation image of 120 classes" in text and "as in a/lists" in text
     assert "1.0 M parameters, 1.0 M of them trained" in text and "2 processes, fp32" in text
     assert "saved_model.tar (best)" in text and " lr=0.25 " in text and "n_trajectories" not in text
+
+
+# --- the end of the demo
+
+
+def test_demo_ends_with_its_figures_and_a_picture(
+    make_data, save_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data_dir = make_data(n_test=6)
+    annotate(data_dir, {file: [(0, 0, 30, 40)] for file in dataset.read_list(data_dir, "test").files}, 60, 64)
+    shared, untrained = ["--data_dir", str(data_dir), *SMALL], tmp_path / "untrained"
+    backbone = ["--backbone", str(save_dir / "pt_glimpse_model.tar"), *CLASSIFIER]
+    run(main, [*shared, *backbone, "--save_dir", str(untrained), "--epochs", "0"])
+    run(main, [*shared, *backbone, "--save_dir", str(save_dir), "--epochs", "1"])
+    for policy in demo_figure.POLICIES:
+        run(main, [*shared, "--save_dir", str(save_dir), "--task=test", "--policy", policy])
+    capsys.readouterr()
+    out, folders = tmp_path / "imgs" / "demo.jpg", {"data_dir": data_dir, "untrained": untrained, "trained": save_dir}
+    demo_figure.main([word for name, value in {**folders, "out": out}.items() for word in (f"--{name}", str(value))])
+    header, *rows, last = capsys.readouterr().out.splitlines()
+    assert re.split("  +", header) == ["test accuracy in %", *demo_figure.COLUMNS] and str(out) in last
+    for policy, row in zip(demo_figure.POLICIES, rows, strict=True):
+        figures = json.loads((save_dir / f"results_{policy}.json").read_text())["figures"]
+        values = [of_estimate["accuracy"] for of_estimate in figures[f"policy {policy}"].values()]
+        hit_rate = figures["glimpse 1"]["sampled trajectory" if policy == "random" else "deterministic"]["hit_rate"]
+        assert row.split() == [policy, *(f"{100 * value:.1f}" for value in [*values, hit_rate])]
+    examples = demo_figure.draw_examples(data_dir, untrained, save_dir)
+    titles = [title for title, _ in examples]
+    assert titles in (["Before training", "After training", "A mistake"], titles[:2], ["A mistake"])
+    with Image.open(out) as image:
+        pixels, top = np.asarray(image).astype(int), 10
+        for _, panel in examples:
+            top += 26  # of the title
+            assert np.abs(pixels[top : top + panel.height, 10 : 10 + panel.width] - panel).mean() < 4
+            top += panel.height + 10
+        assert (pixels[top + 26 :] < 128).any()  # the table
