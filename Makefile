@@ -9,8 +9,6 @@ GLIMPSES  = --k 1 --start_size 1 --rnn_hidden 256
 DOG_EPOCHS = 4
 TRAIN     = --data_dir $(TOY) --save_dir $(OUT) --batch_size 32 --lr 1e-3 --epochs 10 --overwrite
 
-SHELL       := /bin/bash
-.SHELLFLAGS := -o pipefail -ec
 .PHONY: demo stanford_dogs toy_table test test-slow clean
 
 # Everything that the repository does, on a small synthetic set, in minutes on a CPU.
@@ -20,10 +18,10 @@ demo: $(VENV)/.installed $(TOY)/lists/test_list.mat
 	$(RUN) main.py $(TRAIN) $(GLIMPSES)
 	$(RUN) main.py --save_dir $(UNTRAINED) --task=view_glimpses --imgs_dir imgs/toy/before
 	$(RUN) main.py --save_dir $(OUT) --task=view_glimpses --imgs_dir imgs/toy
-	@echo; echo "Where to look, learned or not:"
-	@for policy in learned center random; do \
-	    $(RUN) main.py --save_dir $(OUT) --task=test --policy=$$policy > $(OUT)/test_$$policy.txt; \
+	for policy in learned center random; do \
+	    $(RUN) main.py --save_dir $(OUT) --task=test --policy=$$policy > $(OUT)/test_$$policy.txt || exit 1; \
 	done
+	@echo; echo "Where to look, learned or not:"
 	@$(RUN) tests/demo_figure.py --data_dir $(TOY) --untrained $(UNTRAINED) --trained $(OUT) --out imgs/toy/demo.jpg
 
 # Stanford Dogs at its own size, with the settings of the README's table of 120 breeds; after an interruption, go on.

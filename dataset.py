@@ -246,13 +246,13 @@ def read_dogs(images: ImageList) -> list[Dogs]:
     return dogs
 
 
-def boxes_on_canvas(dogs: Dogs, rng: random.Random | None = None) -> Tensor:
-    """Boxes of the dogs in the crop that `crop_to_canvas` makes with rng: [n, 4], in fractions of the canvas side.
+def boxes_on_canvas(dogs: Dogs, draw: "RandomCrop | None" = None) -> Tensor:
+    """Boxes of the dogs in the crop that `crop_to_canvas` makes: [n, 4], in fractions of the canvas side.
 
     They are clipped at its border; those of dogs outside are left out.
     """
     width, height = dogs.size
-    crop = choose_crop(width, height, rng)
+    crop = choose_crop(width, height, draw)
     corner = torch.tensor([crop.left, crop.top] * 2)
     boxes = ((dogs.boxes * torch.tensor([width, height] * 2) - corner) / crop.side).clamp(0, 1)
     if crop.flipped:
@@ -366,11 +366,11 @@ def read_image(path: str | Path, size: int) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn any image into upright 8-bit RGB; transparent parts become white.
+    """Turn any image into upright 8-bit RGB, perhaps in place; transparent parts become white.
 
     Raises ValueError for floating-point pixels, whose range is unknown.
     """
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it at 255
@@ -381,10 +381,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
-def load_canvas(path: str | Path, size: int, rng: random.Random | None = None, smallest_crop: float = 1) -> Tensor:
+class RandomCrop(NamedTuple):
+    """What a random crop is drawn from."""
+
+    seed: int
+    smallest: float  # side, as a fraction of the short side
+
+
+def load_canvas(path: str | Path, size: int, draw: RandomCrop | None = None) -> Tensor:
     """Read an image as a canvas, uint8 [3, size, size]. Raises UserError if it is unreadable."""
-    image = read_image(path, math.ceil(size / smallest_crop))  # which leaves even the smallest crop all its pixels
-    return crop_to_canvas(image, size, rng, smallest_crop)
+    # A smaller crop needs more pixels of the image, or it would be enlarged.
+    return crop_to_canvas(read_image(path, math.ceil(size / draw.smallest) if draw else size), size, draw)
 
 
 class Crop(NamedTuple):
@@ -396,27 +403,28 @@ class Crop(NamedTuple):
     flipped: bool
 
 
-def choose_crop(width: int, height: int, rng: random.Random | None = None, smallest_crop: float = 1) -> Crop:
-    """The central square of the short side; with rng a random one, flipped at random.
+def choose_crop(width: int, height: int, draw: RandomCrop | None = None) -> Crop:
+    """The central square of the short side; or one at random, flipped at random.
 
-    The side of a random crop is uniform between the fraction smallest_crop of the short side and all of it.
+    The side of a random crop is uniform between the smallest and all of the short side.
     """
     side = min(width, height)
-    if rng is None:
+    if draw is None:
         return Crop((width - side) // 2, (height - side) // 2, side, False)
+    rng = random.Random(draw.seed)
     flipped = rng.random() < 0.5
     # Fractions, not pixels, so that an image decoded at a smaller size is cropped at the same place.
-    x, y, scale = rng.random(), rng.random(), rng.uniform(smallest_crop, 1)
+    x, y, scale = rng.random(), rng.random(), rng.uniform(draw.smallest, 1)
     side = max(1, round(side * scale))
     return Crop(int(x * (width - side + 1)), int(y * (height - side + 1)), side, flipped)
 
 
-def crop_to_canvas(image: Image.Image, size: int, rng: random.Random | None = None, smallest_crop: float = 1) -> Tensor:
+def crop_to_canvas(image: Image.Image, size: int, draw: RandomCrop | None = None) -> Tensor:
     """The crop of `choose_crop`, resized once: uint8 [3, size, size].
 
     All augmentation happens here, once per image, so that the context and the glimpses can never disagree.
     """
-    left, top, side, flipped = choose_crop(*image.size, rng, smallest_crop)
+    left, top, side, flipped = choose_crop(*image.size, draw)
     square = pil_to_tensor(image.crop((left, top, left + side, top + side)))
     canvas = resize(square, [size, size])  # antialiased, as in Pillow, in half the time
     return canvas.flip(-1) if flipped else canvas
@@ -425,41 +433,39 @@ def crop_to_canvas(image: Image.Image, size: int, rng: random.Random | None = No
 class ImageDataset(Dataset):
     """Items (uint8 canvas [3, S, S], label, index in the list). Each image is opened and decoded once.
 
-    An index gives the central crop; a pair (index, seed) from `TrainSampler` the crop and flip drawn from the seed.
+    An index gives the central crop; a pair (index, RandomCrop) from `TrainSampler` a random one.
     """
 
-    def __init__(self, images: ImageList, canvas_size: int, smallest_crop: float = 1) -> None:
+    def __init__(self, images: ImageList, canvas_size: int) -> None:
         self.images = images
         self.canvas_size = canvas_size
-        self.smallest_crop = smallest_crop
 
     def __len__(self) -> int:
         return len(self.images.files)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int, int]:
-        index, rng = (key, None) if isinstance(key, int) else (key[0], random.Random(key[1]))
-        canvas = load_canvas(self.images.files[index], self.canvas_size, rng, self.smallest_crop)
-        return canvas, self.images.labels[index], index
+    def __getitem__(self, key: int | tuple[int, RandomCrop]) -> tuple[Tensor, int, int]:
+        index, draw = (key, None) if isinstance(key, int) else key
+        return load_canvas(self.images.files[index], self.canvas_size, draw), self.images.labels[index], index
 
 
 class TrainSampler(Sampler):
-    """Shuffled (index, seed) pairs of one process's shard of an epoch, all drawn from (seed, epoch).
+    """Shuffled (index, RandomCrop) pairs of one process's shard of an epoch, all drawn from (seed, epoch).
 
     For any number of workers and processes, batch i over all processes holds the same images with the same
     augmentation. The last `n_images % world_size` images of the order are left out of the epoch.
     """
 
-    def __init__(self, n_images: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.n_images, self.seed = n_images, seed
+    def __init__(self, n_images: int, seed: int, smallest_crop: float, *, rank: int = 0, world_size: int = 1) -> None:
+        self.n_images, self.seed, self.smallest_crop = n_images, seed, smallest_crop
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
 
     def __len__(self) -> int:
         return self.n_images // self.world_size
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, RandomCrop]]:
         rng = random.Random(f"epoch {self.seed} {self.epoch}")
-        keys = [(index, rng.getrandbits(32)) for index in range(self.n_images)]
+        keys = [(index, RandomCrop(rng.getrandbits(32), self.smallest_crop)) for index in range(self.n_images)]
         rng.shuffle(keys)
         return iter(keys[self.rank :: self.world_size][: len(self)])
 
@@ -473,7 +479,6 @@ def make_loader(
     num_workers: int,
     pin_memory: bool = False,
     drop_last: bool = False,
-    smallest_crop: float = 1,
 ) -> DataLoader:
     """Batches (uint8 [B, 3, S, S], int64 [B], int64 [B]) in the given order, from workers that persist over epochs.
 
@@ -482,7 +487,7 @@ def make_loader(
     if not len(order):
         raise UserError(f"more processes than images: none of {len(images.files)} is left for this one")
     return DataLoader(
-        ImageDataset(images, canvas_size, smallest_crop),
+        ImageDataset(images, canvas_size),
         batch_size=min(batch_size, len(order)),
         sampler=order,
         num_workers=num_workers,
@@ -498,9 +503,12 @@ def make_evaluation_loader(images: ImageList, *, rank: int, world_size: int, **l
     return make_loader(images, range(rank, len(images.files), world_size), **loading)
 
 
-def make_training_loader(images: ImageList, *, seed: int, rank: int, world_size: int, **loading: Any) -> DataLoader:
+def make_training_loader(
+    images: ImageList, *, seed: int, smallest_crop: float, rank: int, world_size: int, **loading: Any
+) -> DataLoader:
     """A loader of one process's shard, shuffled and augmented. `loading` goes to `make_loader`."""
-    return make_loader(images, TrainSampler(len(images.files), seed, rank, world_size), **loading)
+    sampler = TrainSampler(len(images.files), seed, smallest_crop, rank=rank, world_size=world_size)
+    return make_loader(images, sampler, **loading)
 
 
 # --- the check before training

@@ -236,18 +236,18 @@ def shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
 
 
 def draw_contact_sheet(
-    canvases: list[Tensor], boxes: list[Tensor], captions: list[str], right: list[bool | None]
+    canvases: list[Tensor], boxes: list[Tensor], captions: list[str], correct: list[bool]
 ) -> Image.Image:
     """Draw images, uint8 [3, S, S] each, with their boxes, [T, k, 4] each, above captions of one or two lines.
 
-    right: whether each image's prediction is; a wrong one is said to be, in red, nothing of one that is unknown.
+    correct: whether each prediction is; the caption of a wrong one says so, in red.
     """
     side, tiles = 240, []
     font, captions = choose_font(12, *captions)
-    for canvas, box, caption, is_right in zip(canvases, boxes, captions, right):
+    for canvas, box, caption, is_correct in zip(canvases, boxes, captions, correct):
         tile = Image.new("RGB", (side, side + 36), "white")
         tile.paste(draw_boxes(to_image(canvas, side), box))
-        mark = "wrong: " if is_right is False else ""
+        mark = "" if is_correct else "wrong: "
         text = "\n".join(shorten(line, side, font) for line in (mark + caption).split("\n"))
         ImageDraw.Draw(tile).text((0, side + 2), text, "#c00000" if mark else "black", font)
         tiles.append(pil_to_tensor(tile))

@@ -8,7 +8,7 @@
     python main.py --task=predict --images photo.jpg folder/  # classify images
 
 Training reads pt_glimpse_model.tar of pretrain.py and writes saved_model.tar (the best classifier), last.tar (to resume
-from) and log.csv under --save_dir. The other tasks need saved_model.tar only. From Python, `load_classifier` opens it.
+from) and log.csv under --save_dir. The other tasks need saved_model.tar only. In Python, use `load_classifier`.
 """
 
 if __name__ == "__main__":  # Ctrl-C ends the script quietly while PyTorch is imported, which takes seconds
@@ -54,7 +54,7 @@ from utils import Machine, UserError, file_setting, network_setting, setting, tr
 
 FILES = ("saved_model.tar", "last.tar", "log.csv")
 BACKBONE_OF_2018 = {"arch": "resnet50", "patch_size": 96}  # its file holds only the weights
-N_BEST = 5  # classes that are named as most probable
+N_BEST = 5  # most probable classes to list
 N_CONFUSED = 10  # pairs of classes that test names
 N_ON_SHEET = 40  # images on the contact sheet
 N_PLACES = 12  # along each axis, that stand for glimpses anywhere in the image
@@ -117,7 +117,7 @@ def training_noise(
     For policy "oracle": the locations of the dogs in these images. dogs: in all images, for this policy only.
     """
     if settings.policy == "oracle":
-        boxes = (dataset.boxes_on_canvas(dogs[index], random.Random(drawn)) for index, drawn in sampler)
+        boxes = (dataset.boxes_on_canvas(dogs[index], draw) for index, draw in sampler)
         return at_the_dogs(boxes, settings.n_glimpses)
     generator = torch.Generator().manual_seed(random.Random(f"gaze {settings.seed} {epoch}").getrandbits(32))
     noise = torch.randn(sampler.n_images, 1, settings.n_glimpses, 2, generator=generator)
@@ -333,7 +333,8 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     model.glimpse.speed_up(machine.dtype, compiles=machine.compiles)
     net = utils.wrap(model, machine)
     loading = machine.loading(settings.batch_size, settings.num_workers) | {"canvas_size": model.glimpse.canvas_size}
-    train_loader = dataset.make_training_loader(train_list, seed=settings.seed, **loading)
+    augmentation = {"seed": settings.seed, "smallest_crop": settings.smallest_crop}
+    train_loader = dataset.make_training_loader(train_list, **augmentation, **loading)
     valid_loader = dataset.make_evaluation_loader(valid_list, **loading)
     policy, valid_dogs = settings.policy, read_dogs(settings, valid_list)
     train_dogs = read_dogs(settings, train_list) if policy == "oracle" else []
@@ -391,15 +392,22 @@ def estimates(values: Tensor, policy: str) -> dict[str, Tensor]:
 
 
 def most_probable(probabilities: Tensor, class_names: list[str]) -> list[tuple[str, float]]:
-    """The N_BEST most probable classes, by probabilities [C], each with its probability."""
-    values, labels = probabilities.topk(min(N_BEST, len(class_names)))
-    return [(class_names[label], value) for value, label in zip(values.tolist(), labels.tolist())]
+    """The N_BEST most probable classes with their probabilities, given probabilities [C]."""
+    values, labels = probabilities.sort(descending=True, stable=True)  # the first is that of argmax, also in a tie
+    best = zip(values[:N_BEST].tolist(), labels[:N_BEST].tolist())
+    return [(class_names[label], value) for value, label in best]
 
 
 def prediction_header(n_classes: int, n_glimpses: int) -> list[str]:
-    """Columns of a table of predictions: those of `most_probable`, and where a trajectory looked."""
+    """Columns of `prediction_cells`."""
     best = [f"{what}_{i + 1}" for i in range(min(N_BEST, n_classes)) for what in ("class", "probability")]
     return best + [f"{axis}_{t + 1}" for t in range(n_glimpses) for axis in "xy"]
+
+
+def prediction_cells(probabilities: Tensor, class_names: list[str], location: Tensor) -> list[Any]:
+    """The most probable classes, given probabilities [C], and where a trajectory looked, location [T, 2]."""
+    best = [cell for pair in most_probable(probabilities, class_names) for cell in pair]
+    return best + location.flatten().tolist()
 
 
 def write_predictions(
@@ -412,10 +420,10 @@ def write_predictions(
     names, rows = images.class_names, []
     for estimate, values in probabilities.items():
         for i, (file, truth) in enumerate(zip(images.files, images.labels)):
-            of_true = [names[truth], f"{values[i, 0, truth]:.4f}"]
             place = location[i] if estimate == "deterministic" else torch.empty(0)
-            best = [cell for pair in most_probable(values[i, 0], names) for cell in pair]
-            rows.append([file.relative_to(data_dir), estimate, *of_true, *best, *place.flatten().tolist()])
+            of_true = [names[truth], values[i, 0, truth].item()]
+            best = prediction_cells(values[i, 0], names, place)
+            rows.append([file.relative_to(data_dir), estimate, *of_true, *best])
     header = ["file", "estimate", "true_class", "true_probability"]
     utils.write_table(path, [*header, *prediction_header(len(names), location.shape[1])], rows)
 
@@ -570,34 +578,53 @@ def test(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> No
 
 
 class Prediction(NamedTuple):
-    """What a classifier says of one image of C classes after T glimpses."""
+    """Prediction for one image, among C classes, after T glimpses."""
 
     probabilities: Tensor  # [C], averaged over the sampled trajectories where the policy has any
-    attention: Tensor  # [T, 4], over top left, top right, bottom left, bottom right, of the first trajectory
-    location: Tensor  # [T, 2], centres of its glimpses: (x, y) in (-1, 1), x to the right, y down
+    # Where the deterministic trajectory looked, or the first sampled one of policy "random".
+    attention: Tensor | None  # [T, 4], over top left, top right, bottom left, bottom right; of policy "learned" only
+    location: Tensor  # [T, 2], centres of the glimpses: (x, y) in (-1, 1), x to the right, y down
 
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A trained network with what it takes to use it. The first trajectory is deterministic if the policy allows."""
+    """A trained network, ready to classify images."""
 
     model: RecurrentAttention
     settings: Settings
     machine: Machine
     class_names: list[str]
 
+    @classmethod
+    def of(cls, settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> "Classifier":
+        """The best classifier, from a checkpoint. Raises UserError if the weights do not fit."""
+        model = load_model(settings, checkpoint, machine)
+        return cls(model, settings, machine, checkpoint["data"]["class_names"])
+
     def __call__(self, image: Image.Image | str | Path) -> Prediction:
-        """Classify a PIL image or a file, of any size and mode. Raises UserError for a file that is unreadable."""
-        size = self.model.glimpse.canvas_size
-        is_open = isinstance(image, Image.Image)
-        canvas = dataset.crop_to_canvas(dataset.to_rgb(image), size) if is_open else dataset.load_canvas(image, size)
-        rollout = self.look(canvas.unsqueeze(0), self.noise())
+        """Classify a PIL image, which is left as it is, or a file, of any size.
+
+        A large JPEG file is decoded at a smaller size, so that its prediction differs slightly from that of the same
+        image opened by PIL. Raises UserError for a file that is unreadable, ValueError for floating-point pixels.
+        """
+        noise, size = self.noise(), self.model.glimpse.canvas_size
+        if isinstance(image, Image.Image):
+            canvas = dataset.crop_to_canvas(dataset.to_rgb(image.copy()), size)
+        else:
+            canvas = dataset.load_canvas(image, size)
+        rollout = self.look(canvas.unsqueeze(0), noise)
         probabilities = self.best_estimate(rollout.logits[:, :, -1].softmax(-1))[1]
-        return Prediction(probabilities[0, 0], rollout.attention[0, 0], rollout.location[0, 0])
+        attention = rollout.attention[0, 0] if self.settings.policy == "learned" else None
+        return Prediction(probabilities[0, 0], attention, rollout.location[0, 0])
 
     def noise(self) -> Tensor:
-        """Noise [1, M, T, 2]: the same for every image, so that a prediction does not depend on the other images."""
+        """Noise [1, M, T, 2]: the same for every image, so that a prediction does not depend on the other images.
+
+        Raises UserError for policy "oracle", which needs to know where the dog is.
+        """
         settings = self.settings
+        if settings.policy == "oracle":
+            raise UserError("--policy oracle looks at annotated dogs: choose another to classify other images")
         return evaluation_noise(settings.policy, 1, settings.n_trajectories, settings.n_glimpses, settings.seed)
 
     @torch.no_grad()
@@ -613,18 +640,15 @@ class Classifier:
 
 
 def load_classifier(save_dir: str | Path, **flags: Any) -> Classifier:
-    """The trained classifier in a folder. flags: any of `--task=predict`, such as n_trajectories=1 or device="cpu".
+    """Load the trained classifier in save_dir. flags: of `--task=predict`, such as n_trajectories=1, device="cpu".
 
-    Raises UserError if there is none, and for a flag that contradicts it.
+    Raises UserError if there is no checkpoint, and for a flag that is invalid or contradicts it.
     """
-    settings, checkpoint = read_settings({"task": "predict", "save_dir": Path(save_dir), **flags})
+    given = {**flags, "save_dir": Path(save_dir), "task": "predict"}
+    utils.check_settings(Settings, given)
+    settings, checkpoint = read_valid_settings(given)
     machine = utils.set_up_machine(settings.device, settings.gpus, settings.precision, settings.compile)
-    return trained_classifier(settings, machine, checkpoint)
-
-
-def trained_classifier(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> Classifier:
-    """The best classifier, of a checkpoint. Raises UserError if that does not fit."""
-    return Classifier(load_model(settings, checkpoint, machine), settings, machine, checkpoint["data"]["class_names"])
+    return Classifier.of(settings, machine, checkpoint)
 
 
 class Drawing(NamedTuple):
@@ -635,7 +659,7 @@ class Drawing(NamedTuple):
     boxes: Tensor  # [T, k, 4]
     probabilities: Tensor  # [M, C], after the last glimpse
     caption: str
-    right: bool | None  # whether the first trajectory's prediction is, if the label is known
+    correct: bool | None  # whether the first trajectory predicts the label; None if that is unknown
     panel: Image.Image
 
 
@@ -644,8 +668,7 @@ def draw_images(
 ) -> Iterator[Drawing | UserError]:
     """Classify images along the trajectories of noise [N, M, T, 2], and draw the first one of each, in order.
 
-    The labels of the images may be unknown, that is, missing, as may be the dogs. An image that cannot be read gives
-    its error.
+    Labels and dogs may be missing, if they are unknown. An image that cannot be read yields its error.
     """
     size, batch_size = classifier.model.glimpse.canvas_size, classifier.settings.batch_size
     for start in range(0, len(images.files), batch_size):
@@ -670,25 +693,25 @@ def draw_images(
 def draw_one(
     images: ImageList, i: int, dogs: Tensor, canvas: Tensor, rollout: Rollout, classifier: Classifier
 ) -> Drawing:
-    """Draw the first trajectory over image i, whose canvas is uint8 [3, S, S] and whose rollout is over it alone.
+    """Draw the first trajectory over image i, whose canvas is uint8 [3, S, S].
 
-    dogs: annotated boxes [n, 4], if any.
+    rollout: the row of this image, that is, without the axis of images. dogs: annotated boxes [n, 4], if any.
     """
     glimpse, policy, names = classifier.model.glimpse, classifier.settings.policy, images.class_names
     location, probabilities = rollout.location[0], rollout.logits.softmax(-1)  # [T, 2], [M, T, C]
     drawn = probabilities[0]  # [T, C]
     predictions = [f"{names[p.argmax()]} ({p.max():.2f})" for p in drawn]
-    caption, right = f"predicted {predictions[-1]}", None
+    caption, correct = f"predicted {predictions[-1]}", None
     if images.labels:
         label = images.labels[i]
-        right = int(drawn[-1].argmax()) == label
+        correct = int(drawn[-1].argmax()) == label
         caption += f", true {names[label]} ({drawn[-1, label]:.2f})"
     title = f"{policy} policy, {'sampled' if policy == 'random' else 'deterministic'} trajectory\n{caption}"
     title = f"{images.files[i].name}: {title}"
     attention = rollout.attention[0] if policy == "learned" else None
     panel = draw_panel(canvas, location, attention, glimpse.scales, glimpse.patch_size, title, predictions, dogs)
     boxes = patch_boxes(location, glimpse.scales, glimpse.patch_size)
-    return Drawing(canvas, location, boxes, probabilities[:, -1], caption, right, panel)
+    return Drawing(canvas, location, boxes, probabilities[:, -1], caption, correct, panel)
 
 
 def fixed_choice(n_images: int, n_chosen: int, seed: int) -> list[int]:
@@ -710,7 +733,7 @@ def view_glimpses(settings: Settings, machine: Machine, checkpoint: dict[str, An
     images = dataset.read_list(settings.data_dir, "test")
     utils.refuse_other_classes(checkpoint, images.class_names, settings.data_dir, settings.save_dir / FILES[0])
     images = images.subset(fixed_choice(len(images.files), settings.n_samples, settings.seed))
-    classifier, n_images = trained_classifier(settings, machine, checkpoint), len(images.files)
+    classifier, n_images = Classifier.of(settings, machine, checkpoint), len(images.files)
     dogs = read_dogs(settings, images)
     drawings = draw_images(images, dogs, classifier, single_noise(dogs, settings))
     paths, on_sheet = [settings.imgs_dir / f"glimpse_{i}.jpg" for i in range(n_images)], []
@@ -721,7 +744,7 @@ def view_glimpses(settings: Settings, machine: Machine, checkpoint: dict[str, An
         save_image(path, drawing.panel)
         if len(on_sheet) < N_ON_SHEET:
             caption = drawing.caption.replace(", true", "\ntrue")
-            on_sheet.append((drawing.canvas, drawing.boxes, caption, drawing.right))
+            on_sheet.append((drawing.canvas, drawing.boxes, caption, drawing.correct))
     for path in set(settings.imgs_dir.glob("glimpse_*.jpg")) - set(paths):  # of an earlier, longer choice
         if re.fullmatch(r"glimpse_\d+\.jpg", path.name):
             path.unlink()
@@ -737,10 +760,7 @@ def predict(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) ->
 
     An image that cannot be read is named and passed over. Raises UserError at the end if there were any.
     """
-    if settings.policy == "oracle":
-        raise UserError("--policy oracle looks at annotated dogs: choose another for --task=predict")
-    files = dataset.find_images(settings.images)
-    classifier = trained_classifier(settings, machine, checkpoint)
+    files, classifier = dataset.find_images(settings.images), Classifier.of(settings, machine, checkpoint)
     images, names, rows = ImageList(files, [], classifier.class_names), classifier.class_names, []
     drawings = draw_images(images, [], classifier, classifier.noise().expand(len(files), -1, -1, -1))
     for file, drawing in zip(files, tqdm(drawings, "predict", len(files), unit=" images", leave=False, disable=None)):
@@ -748,14 +768,13 @@ def predict(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) ->
             machine.print(f"passed over: {drawing}")
             continue
         estimate, probabilities = classifier.best_estimate(drawing.probabilities.unsqueeze(0))
-        best = most_probable(probabilities.flatten(), names)
         # A hash tells apart images of the same name.
         unique = hashlib.sha256(os.fsencode(os.path.abspath(file))).hexdigest()[:8]
         path = settings.imgs_dir / f"predict_{file.name[:40]}_{unique}.jpg"
         save_image(path, drawing.panel)
-        lines = [f"  {value:6.1%}  {name}" for name, value in best]
+        lines = [f"  {value:6.1%}  {name}" for name, value in most_probable(probabilities.flatten(), names)]
         machine.print("\n".join([f"{file}: {estimate} (drawn in {path})", *lines]))
-        rows.append([file, *(cell for pair in best for cell in pair), *drawing.location.flatten().tolist()])
+        rows.append([file, *prediction_cells(probabilities.flatten(), names, drawing.location)])
     header = prediction_header(len(names), settings.n_glimpses)
     table = settings.imgs_dir / "predictions.csv"
     if rows:
@@ -765,8 +784,8 @@ def predict(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) ->
         raise UserError(f"{len(files) - len(rows)} of {len(files)} images could not be read and were passed over")
 
 
-def read_settings(given: dict[str, Any]) -> tuple[Settings, dict[str, Any] | None]:
-    """`utils.read_settings` of this script. Raises UserError also for a k and a start_size that do not go together."""
+def read_valid_settings(given: dict[str, Any]) -> tuple[Settings, dict[str, Any] | None]:
+    """`utils.read_settings` of this script. Also raises UserError for an invalid combination of k and start_size."""
     hint = "train one with `python main.py`, or give its --save_dir"
     settings, checkpoint = utils.read_settings(Settings, given, FILES, hint, backbone=dict)
     try:
@@ -780,7 +799,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read flags and checkpoint, find the device, do the task."""
     of_backbone = "it is the backbone's: choose it in pretrain.py"
     given = utils.parse_flags(Settings, __doc__, argv, arch=of_backbone, patch_size=of_backbone)
-    settings, checkpoint = read_settings(given)
+    settings, checkpoint = read_valid_settings(given)
     if settings.task == "predict" and not settings.images:
         raise UserError("--task=predict needs --images PATH ...")
     machine = utils.set_up_machine(settings.device, settings.gpus, settings.precision, settings.compile)

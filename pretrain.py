@@ -46,9 +46,6 @@ class Settings(utils.SharedSettings):
     seed: int = utils.seed_setting(tasks="train probe")
     arch: str = network_setting("resnet50", "torchvision ResNet to use as the backbone", one_of=ARCHITECTURES)
     patch_size: int = network_setting(96, "side of a patch in pixels", at_least=32, multiple_of=32)
-    smallest_crop: float = utils.training_setting(
-        1.0, "side of the smallest random crop in training, as a fraction of the short side", above=0, at_most=1
-    )
     weights: str = network_setting(
         "imagenet",
         "initial weights: imagenet (a download), none, or the file of a ResNet; to probe, also one of this script",
@@ -148,9 +145,13 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     run.describe_origin(data=data)
     loading = machine.loading(settings.batch_size, settings.num_workers)
     loading["canvas_size"] = canvas_size(settings.patch_size, STARTS[0])
-    # A ragged batch could hold a single image, too few for BatchNorm.
-    augmented = {"seed": settings.seed, "smallest_crop": settings.smallest_crop, "drop_last": True}
-    train_loader = dataset.make_training_loader(train_list, **augmented, **loading)
+    train_loader = dataset.make_training_loader(
+        train_list,
+        seed=settings.seed,
+        smallest_crop=settings.smallest_crop,
+        drop_last=True,  # a ragged batch could hold a single image, too few for BatchNorm
+        **loading,
+    )
     valid_loader = dataset.make_evaluation_loader(valid_list, **loading)
     refuse_single_images(train_loader.batch_size, settings, machine)
 

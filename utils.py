@@ -164,6 +164,13 @@ class SharedSettings:
     )
     lr: float = training_setting(1e-4, "learning rate of Adam", above=0)
     lr_schedule: str = training_setting("cosine", "learning-rate schedule", one_of=("constant", "cosine"))
+    smallest_crop: float = training_setting(
+        1.0,
+        "smallest side of a random training crop, as a fraction of the image's short side",
+        fixed="resuming",
+        above=0,
+        at_most=1,
+    )
     resume_training: bool = training_setting(False, "continue after the last saved epoch", stored=False)
     overwrite: bool = training_setting(False, "replace an earlier run in --save_dir", stored=False)
     tensorboard: bool = training_setting(False, "also log for TensorBoard (pip install tensorboard)", stored=False)
@@ -241,12 +248,25 @@ def parse_flags(cls: type, doc: str, argv: list[str] | None, **elsewhere: str) -
     if unknown:
         hint = elsewhere.get(unknown[0].partition("=")[0].lstrip("-"), "--help lists all flags")
         parser.error(f"unknown argument {unknown[0]}: {hint}")
-    given = vars(flags)
-    task = cls(**given).task
-    for field in dataclasses.fields(cls):
-        if field.name in given and task not in (field.metadata["tasks"] or all_tasks):
-            parser.error(f"--{field.name} has no effect on --task={task}: leave it out")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(flags).items()}
+    try:
+        check_settings(cls, given)
+    except UserError as error:
+        parser.error(str(error))
     return given
+
+
+def check_settings(cls: type, given: dict[str, Any]) -> None:
+    """Raise UserError for a setting that class cls lacks, an invalid value, or one that has no effect on the task."""
+    fields = cls.__dataclass_fields__
+    if unknown := [name for name in given if name not in fields]:
+        raise UserError(f"there is no setting {unknown[0]}")
+    task = given.get("task", fields["task"].default)
+    for name, value in given.items():
+        if wrong := problem(value, fields[name]):
+            raise UserError(f"--{name}: {wrong}")
+        if task not in (fields[name].metadata["tasks"] or [task]):
+            raise UserError(f"--{name} has no effect on --task={task}: leave it out")
 
 
 def read_settings(
@@ -575,7 +595,7 @@ def replacing(path: Path, **how: Any) -> Iterator[IO[Any]]:
 
 
 def write_table(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV file, completely or not at all; fractions get four digits."""
+    """Write a CSV file, completely or not at all; floats are written with four decimals."""
     cells = ([f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
     # A file name that is not text in the system's encoding is written as it is.
     with replacing(path, mode="w", newline="", encoding="utf-8", errors="surrogateescape") as file:

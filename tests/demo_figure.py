@@ -9,22 +9,21 @@ import json
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import dataset
-import main as scripts
-from glimpse import choose_font
+from main import draw_images, fixed_choice, load_classifier, save_image, single_noise
 
 POLICIES = ("learned", "center", "random")
 COLUMNS = ("deterministic", "sampled trajectory", "average of 7", "hit rate")
-N_LOOKED_AT = 40  # test images among which to find a mistake
+N_SEARCHED = 40  # test images to search for examples
 
 
 def read_table(folder: Path) -> list[list[str]]:
-    """Accuracy of each policy by estimate, and how often its first glimpse hits the dog, as percentages in words."""
-    rows = [["test accuracy in %", *COLUMNS]]
+    """Accuracy of each policy by estimate, and how often its first glimpse hits the dog, as formatted percentages."""
+    rows = [["test set, in %", *COLUMNS]]
     for policy in POLICIES:
         figures = json.loads((folder / f"results_{policy}.json").read_text(encoding="utf-8"))["figures"]
         values = [figures[f"policy {policy}"].get(estimate, {}).get("accuracy") for estimate in COLUMNS[:-1]]
@@ -33,32 +32,35 @@ def read_table(folder: Path) -> list[list[str]]:
     return rows
 
 
-def draw_examples(data_dir: Path, untrained: Path, trained: Path) -> list[tuple[str, Image.Image]]:
-    """A test image that the trained classifier gets right, before and after training, and one that it gets wrong."""
-    before, after = (scripts.load_classifier(folder) for folder in (untrained, trained))
+def draw_examples(data_dir: Path, untrained: Path, trained: Path) -> dict[str, Image.Image]:
+    """A test image that is classified correctly, before and after training, and one that is not, if there are any."""
+    before, after = (load_classifier(folder) for folder in (untrained, trained))
     images = dataset.read_list(data_dir, "test")
-    images = images.subset(scripts.fixed_choice(len(images.files), N_LOOKED_AT, after.settings.seed))
+    images = images.subset(fixed_choice(len(images.files), N_SEARCHED, after.settings.seed))
     dogs = dataset.read_dogs(images)
     early, late = (
-        list(scripts.draw_images(images, dogs, one, scripts.single_noise(dogs, one.settings)))
-        for one in (before, after)
+        list(draw_images(images, dogs, classifier, single_noise(dogs, classifier.settings)))
+        for classifier in (before, after)
     )
-    examples = []
-    for i, title in [(i, "After training") for i, drawing in enumerate(late) if drawing.right][:1]:
-        examples += [("Before training", early[i].panel), (title, late[i].panel)]
-    return examples + [("A mistake", drawing.panel) for drawing in late if not drawing.right][:1]
+    examples, correct = {}, [drawing.correct for drawing in late]
+    if True in correct:
+        i = correct.index(True)
+        examples |= {"before training": early[i].panel, "after training": late[i].panel}
+    if False in correct:
+        examples["a mistake"] = late[correct.index(False)].panel
+    return examples
 
 
-def compose(examples: list[tuple[str, Image.Image]], table: list[list[str]]) -> Image.Image:
-    """All examples below one another, then the table."""
+def compose(examples: dict[str, Image.Image], table: list[list[str]]) -> Image.Image:
+    """Stack the examples above the table."""
     gap, line, column = 10, 26, 150
-    font, _ = choose_font(16, *(cell for row in table for cell in row))
-    width = max(panel.width for _, panel in examples)
-    height = sum(line + panel.height + gap for _, panel in examples) + line * len(table) + 2 * gap
+    font = ImageFont.load_default(16)
+    width = max(panel.width for panel in examples.values())
+    height = sum(line + panel.height + gap for panel in examples.values()) + line * len(table) + 2 * gap
     picture = Image.new("RGB", (max(width, column * len(table[0])) + 2 * gap, height), "white")
     draw, y = ImageDraw.Draw(picture), gap
-    for title, panel in examples:
-        draw.text((gap, y), title, "black", font)
+    for title, panel in examples.items():
+        draw.text((gap, y), title.capitalize(), "black", font)
         picture.paste(panel, (gap, y + line))
         y += line + panel.height + gap
     for row in table:
@@ -74,15 +76,15 @@ def main(argv: list[str] | None = None) -> None:
     for name, what in (
         ("data_dir", "the toy set"),
         ("untrained", "folder of the classifier before training"),
-        ("trained", "folder of the trained one, with its tests"),
+        ("trained", "folder of the trained classifier and its test results"),
         ("out", "picture to draw"),
     ):
         parser.add_argument(f"--{name}", type=Path, required=True, help=what)
     args = parser.parse_args(argv)
-    table = read_table(args.trained)
-    scripts.save_image(args.out, compose(draw_examples(args.data_dir, args.untrained, args.trained), table))
+    table, examples = read_table(args.trained), draw_examples(args.data_dir, args.untrained, args.trained)
+    save_image(args.out, compose(examples, table))
     print("\n".join("".join(f"{cell:20}" for cell in row).rstrip() for row in table))
-    print(f"before training, after it, and a mistake: {args.out}")
+    print(f"{', '.join(examples)}: {args.out}")
 
 
 if __name__ == "__main__":

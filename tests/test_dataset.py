@@ -12,7 +12,7 @@ from conftest import CPU, draw_image, write_list
 from PIL import Image
 
 import dataset
-from dataset import ImageList, TrainSampler, make_loader, read_list, split_list
+from dataset import ImageList, RandomCrop, TrainSampler, make_loader, read_list, split_list
 from glimpse import build_pyramid, extract_patches
 from utils import UserError
 
@@ -191,7 +191,7 @@ def test_random_crops_lie_inside_the_image_and_half_are_flipped(tmp_path: Path) 
     assert central[0, 0, [0, -1]].tolist() == [75, 124]
     starts, mirrored = [], []
     for seed in range(200):
-        row = dataset.crop_to_canvas(ramp, 50, random.Random(seed))[0, 0].int()
+        row = dataset.crop_to_canvas(ramp, 50, RandomCrop(seed, 1))[0, 0].int()
         assert (row.diff() == 1).all() or (row.diff() == -1).all()
         starts.append(row.min().item())
         mirrored.append(bool(row[0] > row[-1]))
@@ -206,9 +206,8 @@ def test_smaller_random_crops_are_squares_of_any_size_down_to_the_smallest() -> 
     ramp = Image.fromarray(np.stack([across, down, down], axis=-1))  # a pixel names its place
     sides, seen = [], np.zeros((100, 200), dtype=bool)
     for seed in range(300):
-        rng = random.Random(seed)
-        crop = dataset.choose_crop(200, 100, rng, 0.5)
-        canvas = dataset.crop_to_canvas(ramp, crop.side, random.Random(seed), 0.5)
+        crop = dataset.choose_crop(200, 100, RandomCrop(seed, 0.5))
+        canvas = dataset.crop_to_canvas(ramp, crop.side, RandomCrop(seed, 0.5))
         x, y = canvas[0].flip(-1) if crop.flipped else canvas[0], canvas[1]
         assert (x == torch.arange(crop.left, crop.left + crop.side)).all()
         assert (y[:, 0] == torch.arange(crop.top, crop.top + crop.side)).all()
@@ -220,9 +219,8 @@ def test_smaller_random_crops_are_squares_of_any_size_down_to_the_smallest() -> 
         and 73 < np.mean(sides) < 77
         and seen[3:-3, 3:-3].mean() > 0.99
     )
-    whole, as_ever = (dataset.choose_crop(200, 100, random.Random(1), *rest) for rest in ((1,), ()))
-    assert whole == as_ever and whole.side == 100
-    assert dataset.choose_crop(200, 100, None, 0.5) == (50, 0, 100, False)
+    assert {dataset.choose_crop(200, 100, RandomCrop(seed, 1)).side for seed in range(20)} == {100}
+    assert dataset.choose_crop(200, 100) == (50, 0, 100, False)
 
 
 def test_jpegs_keep_the_pixels_of_small_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,14 +229,14 @@ def test_jpegs_keep_the_pixels_of_small_crops(tmp_path: Path, monkeypatch: pytes
     sizes, real = [], dataset.crop_to_canvas
     monkeypatch.setattr(dataset, "crop_to_canvas", lambda image, *rest: sizes.append(image.size) or real(image, *rest))
     for smallest in (1, 0.5, 0.2):
-        assert dataset.load_canvas(tmp_path / "large.jpg", 96, random.Random(0), smallest).shape == (3, 96, 96)
+        assert dataset.load_canvas(tmp_path / "large.jpg", 96, RandomCrop(0, smallest)).shape == (3, 96, 96)
     assert sizes == [(100, 100), (200, 200), (800, 800)]
 
 
 def test_full_size_glimpse_is_the_context_after_any_augmentation(make_data) -> None:
     """The 2018 code paired a flipped context with glimpses of the unflipped image, from another crop."""
     images = read_list(make_data(), "train")
-    loader = make_loader(images, TrainSampler(len(images.files), 0), canvas_size=128, batch_size=18, num_workers=0)
+    loader = make_loader(images, TrainSampler(len(images.files), 0, 1), canvas_size=128, batch_size=18, num_workers=0)
     canvas, *_ = next(iter(loader))
     pyramid = build_pyramid(canvas, (1, 2, 4), 32)
     glimpses = extract_patches(pyramid, torch.zeros(18, 1, 2), (1, 2, 4), 32)[:, 0]
@@ -255,7 +253,7 @@ def test_each_image_is_opened_once(make_data, monkeypatch: pytest.MonkeyPatch) -
     opened = []
     real = Image.open
     monkeypatch.setattr(Image, "open", lambda path, *rest: opened.append(path) or real(path, *rest))
-    sampler = TrainSampler(len(images.files), 0)
+    sampler = TrainSampler(len(images.files), 0, 1)
     for _ in make_loader(images, sampler, canvas_size=32, batch_size=4, num_workers=0):
         pass
     assert sorted(opened) == sorted(images.files)
@@ -263,7 +261,7 @@ def test_each_image_is_opened_once(make_data, monkeypatch: pytest.MonkeyPatch) -
 
 def test_persistent_workers_learn_of_the_next_epoch(make_data) -> None:
     """Persistent workers keep their copy of the dataset, so the epoch must travel with the keys."""
-    keywords = {"seed": 0, "rank": 0, "world_size": 1, "canvas_size": 32, "batch_size": 4}
+    keywords = {"seed": 0, "smallest_crop": 0.6, "rank": 0, "world_size": 1, "canvas_size": 32, "batch_size": 4}
     images = read_list(make_data(), "train")
     loaders = [dataset.make_training_loader(images, num_workers=workers, **keywords) for workers in (0, 1)]
     epochs = []
@@ -336,7 +334,7 @@ def test_an_epoch_depends_on_seed_and_epoch_alone(make_data, num_workers: int) -
     images = read_list(make_data(), "train")
 
     def epoch(seed: int, number: int, workers: int) -> tuple[torch.Tensor, list[int]]:
-        sampler = TrainSampler(len(images.files), seed)
+        sampler = TrainSampler(len(images.files), seed, 1)
         loader = make_loader(images, sampler, canvas_size=32, batch_size=4, num_workers=workers)
         sampler.epoch = number
         torch.rand(number + 1)  # other code may draw from the global state
@@ -349,8 +347,8 @@ def test_an_epoch_depends_on_seed_and_epoch_alone(make_data, num_workers: int) -
 
 
 def test_shards_of_processes_form_the_same_batches() -> None:
-    whole = list(TrainSampler(11, seed=3))
-    shards = [list(TrainSampler(11, seed=3, rank=rank, world_size=2)) for rank in range(2)]
+    whole = list(TrainSampler(11, 3, 0.7))
+    shards = [list(TrainSampler(11, 3, 0.7, rank=rank, world_size=2)) for rank in range(2)]
     assert [len(shard) for shard in shards] == [5, 5]
     assert set(shards[0][:2] + shards[1][:2]) == set(whole[:4])  # two batches of 2 are the batch of 4
     assert len(set(shards[0] + shards[1])) == 10

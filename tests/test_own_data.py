@@ -736,13 +736,33 @@ def test_classifier_in_python_says_what_predict_does(trained_once: Path, photos:
             assert prediction.attention.shape == (2, 4) and torch.allclose(prediction.attention.sum(-1), torch.ones(2))
         assert image.getexif().get(0x0112) == (6 if row["file"] == str(turned) else None)
     center = main.load_classifier(str(trained_once / "out"), policy="center", **given)
-    assert not center(turned).location.any()
+    assert not center(turned).location.any() and center(turned).attention is None
+    random = main.load_classifier(trained_once / "out", policy="random", **given)(turned)
+    assert random.location.any() and random.probabilities.sum().item() == pytest.approx(1, abs=1e-5)
     with pytest.raises(utils.UserError, match="nowhere/saved_model.tar not found: train one"):
         main.load_classifier("nowhere")
     with pytest.raises(utils.UserError, match="--k 2 contradicts"):
         main.load_classifier(trained_once / "out", k=2)
     with pytest.raises(utils.UserError, match="gone.jpg not found"):
         classifier("gone.jpg")
+    with pytest.raises(utils.UserError, match="oracle looks at annotated dogs"):
+        main.load_classifier(trained_once / "out", policy="oracle", **given)(turned)
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ({"policy": "centre"}, "--policy: centre is not one of learned, center"),
+        ({"device": "gpu"}, "--device: gpu is not one of auto, cpu"),
+        ({"n_trajectories": 0}, "--n_trajectories: 0 is not at least 1"),
+        ({"lr": 0.1}, "--lr has no effect on --task=predict"),
+        ({"trajectories": 7}, "there is no setting trajectories"),
+        ({"task": "train", "resume_training": True}, "--resume_training has no effect on --task=predict"),
+    ],
+)
+def test_classifier_in_python_refuses_what_the_command_line_does(flag: dict[str, object], said: str) -> None:
+    with pytest.raises(utils.UserError, match=f"^{re.escape(said)}"):
+        main.load_classifier("nowhere", **flag)
 
 
 def test_paths_that_are_missing_are_named_before_the_first_image(
