@@ -318,7 +318,7 @@ def show_watched(
 
 def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> None:
     """Train on a frozen backbone and keep the classifier at its best, the epoch with the lowest NLL on validation."""
-    run = utils.Run(settings, machine, FILES, last)
+    run = utils.Run(settings, machine, FILES, "NLL", last)
     train_list, valid_list, data = dataset.read_training_data(
         settings.data_dir, settings.valid_size, **machine.checking(settings)
     )

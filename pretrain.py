@@ -138,8 +138,11 @@ def refuse_single_images(n_images: int, settings: Settings, machine: Machine) ->
 
 
 def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> None:
-    """Fine-tune the backbone and keep it at its best, the epoch with the lowest NLL of head 123 on validation."""
-    run = utils.Run(settings, machine, FILES, last)
+    """Fine-tune the backbone and keep it at its best, the epoch with the highest accuracy of head 123 on validation.
+
+    Not with the lowest NLL, which also measures how well the heads are calibrated: they are not used afterwards.
+    """
+    run = utils.Run(settings, machine, FILES, "error of head 123", last)
     checking = machine.checking(settings)
     train_list, valid_list, data = dataset.read_training_data(settings.data_dir, settings.valid_size, **checking)
     run.describe_origin(data=data)
@@ -176,7 +179,7 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
             valid = evaluate(net, valid_loader, machine, "validation")
             seconds = time.perf_counter() - start
             figures = {"train": means, "valid": valid, "lr": lr, "seconds": seconds}
-            is_best = run.save(epoch, valid["nll"], model, optimizer, **figures)
+            is_best = run.save(epoch, 1 - valid["accuracy_123"], model, optimizer, **figures)
             heads = ", ".join(f"{name} {valid['accuracy_' + name]:.2f}" for name in HEADS)
             machine.print(
                 f"{title}: loss {means['loss']:.3f}; valid {heads}, NLL {valid['nll']:.3f}"

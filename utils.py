@@ -771,12 +771,12 @@ def describe_classes(names: list[str]) -> str:
 class Run:
     """A training run and its files under --save_dir: the best checkpoint, the last one to resume from, the log.
 
-    files: their names, in this order. last: the last checkpoint if the run is resumed, else None. Raises UserError,
-    before anything is written, if an earlier run would be lost.
+    files: their names, in this order. score: what the best epoch has the lowest of, in words. last: the last checkpoint
+    if the run is resumed, else None. Raises UserError, before anything is written, if an earlier run would be lost.
     """
 
-    def __init__(self, settings: Any, machine: Machine, files: tuple[str, ...], last: dict | None) -> None:
-        self.settings, self.machine, self.last = settings, machine, last
+    def __init__(self, settings: Any, machine: Machine, files: tuple[str, ...], score: str, last: dict | None) -> None:
+        self.settings, self.machine, self.score, self.last = settings, machine, score, last
         self.best_path, self.last_path, self.log_path = self.paths = [settings.save_dir / name for name in files]
         present = [path.name for path in self.paths if os.path.exists(path)]
         if present and not last and not settings.overwrite:
@@ -829,7 +829,7 @@ class Run:
                 raise Stopped("no epoch was finished, there is nothing to resume") from stop
             where = f"every finished epoch is saved in {self.last_path}"
             raise Stopped(f"{where}: go on with --resume_training=True") from stop
-        found = f"lowest validation NLL {self.best_score:.4f}" if self.rows else "untrained network"
+        found = f"lowest validation {self.score}, {self.best_score:.4f}" if self.rows else "untrained network"
         self.machine.print(f"{found}: {self.best_path}")
 
     def describe(self, model: nn.Module, split_rule: str) -> str:
@@ -864,11 +864,11 @@ class Run:
     def save(
         self, epoch: int, score: float, model: nn.Module, optimizer: Optimizer, **metrics: float | dict[str, float]
     ) -> bool:
-        """Write an epoch (from 0) to all three files. Returns whether its score is the lowest so far.
+        """Write an epoch (from 0) to all three files. Returns whether it is the best so far: of equal ones, the last.
 
         The last checkpoint is written last: a run that is stopped before that repeats the epoch when resumed.
         """
-        is_best, self.best_score = score < self.best_score, min(score, self.best_score)
+        is_best, self.best_score = score <= self.best_score, min(score, self.best_score)
         row = {}
         for part, value in metrics.items():
             row |= {f"{part}_{name}": one for name, one in value.items()} if isinstance(value, dict) else {part: value}

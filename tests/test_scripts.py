@@ -135,9 +135,8 @@ def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, c
     assert best["model_dict"].keys() == build_backbone(ARCH).state_dict().keys()
     assert (best["settings"]["arch"], best["settings"]["patch_size"]) == (ARCH, 32) and last["epoch"] == 1
     rows = read_log(out / "pt_log.csv")
-    assert [row["epoch"] for row in rows] == ["1", "2"] and min(float(row["valid_nll"]) for row in rows) == (
-        pytest.approx(last["best_score"], rel=1e-5)
-    )
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert 1 - max(float(row["valid_accuracy_123"]) for row in rows) == pytest.approx(last["best_score"], abs=1e-5)
 
     shared = [*pretrain_args[: -len(BACKBONE)], "--imgs_dir", str(tmp_path / "imgs")]
     capsys.readouterr()
@@ -366,15 +365,32 @@ def test_best_checkpoints_are_of_the_best_epoch(main_args: list[str], pretrain_a
     out = Path(pretrain_args[3])
     run(pretrain, [*pretrain_args, "--epochs", "3", "--lr", "0.01"])
     run(main, [*main_args, *MODEL, "--epochs", "4"])
-    for best, log in (
-        (out / "pt_glimpse_model.tar", out / "pt_log.csv"),
-        (save_dir / "saved_model.tar", save_dir / "log.csv"),
+    for best, log, score in (
+        (out / "pt_glimpse_model.tar", out / "pt_log.csv", lambda row: -float(row["valid_accuracy_123"])),
+        (save_dir / "saved_model.tar", save_dir / "log.csv", lambda row: float(row["valid_nll"])),
     ):
         rows = read_log(log)
-        found = [float(row["valid_nll"]) for row in rows]
-        assert read(best)["epoch"] == found.index(min(found))
+        found = [score(row) for row in rows]
+        assert read(best)["epoch"] == max(i for i, value in enumerate(found) if value == min(found))
         metrics = {name: float(value) for name, value in rows[read(best)["epoch"]].items() if name != "epoch"}
         assert read(best)["metrics"] == pytest.approx(metrics, rel=1e-5)
+
+
+def test_best_backbone_has_the_highest_accuracy_of_head_123(
+    pretrain_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Whatever its NLL, and the last of equal ones: by then the learning rate has fallen."""
+    values, real = iter(((0.5, 1.0), (0.75, 1.5), (0.75, 2.0), (0.25, 0.5))), pretrain.evaluate
+
+    def evaluate(*given: object) -> dict[str, float]:
+        accuracy, nll = next(values)
+        return {**real(*given), "accuracy_123": accuracy, "nll": nll}
+
+    monkeypatch.setattr(pretrain, "evaluate", evaluate)
+    run(pretrain, [*pretrain_args, "--epochs", "4"])
+    best = read(tmp_path / "out" / "pt_glimpse_model.tar")
+    assert best["epoch"] == 2 and best["metrics"]["valid_nll"] == 2
+    assert "lowest validation error of head 123, 0.2500: " in capsys.readouterr().out
 
 
 def test_best_classifier_has_the_lowest_nll(

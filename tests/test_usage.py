@@ -341,7 +341,7 @@ def test_a_run_is_described_in_a_few_short_lines(tmp_path: Path) -> None:
     settings = main.Settings(save_dir=tmp_path / "a", lr=0.25)
     machine = utils.Machine(torch.device("cpu"), [], "fp32", 0, 2)
     data = {"class_names": names, "training_images": 1201, "validation_images": 1}
-    training = utils.Run(settings, machine, main.FILES, None)
+    training = utils.Run(settings, machine, main.FILES, "NLL", None)
     training.describe_origin(data=data)
     text = training.describe(torch.nn.Linear(1000, 1000), "as in a/lists")
     assert max(map(len, text.replace(str(tmp_path), "").splitlines())) < 80
