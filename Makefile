@@ -6,7 +6,8 @@ TOY       = data/toy
 OUT       = $(TOY)/saved_models
 UNTRAINED = $(OUT)/untrained
 GLIMPSES  = --k 1 --start_size 1 --rnn_hidden 256
-DOG_EPOCHS = 4
+PRETRAIN_EPOCHS = 5
+EPOCHS = 4
 TRAIN     = --data_dir $(TOY) --save_dir $(OUT) --batch_size 32 --lr 1e-3 --epochs 10 --overwrite
 
 .PHONY: demo stanford_dogs toy_table test test-slow clean
@@ -28,9 +29,9 @@ demo: $(VENV)/.installed $(TOY)/lists/test_list.mat
 resumed = $$([ ! -e data/saved_models/$(1) ] || echo --resume_training=True)
 stanford_dogs: $(VENV)/.installed
 	$(RUN) data/stanford_dogs.py
-	$(RUN) pretrain.py --batch_size 32 --epochs $(DOG_EPOCHS) $(call resumed,pt_last.tar)
+	$(RUN) pretrain.py --batch_size 32 --epochs $(PRETRAIN_EPOCHS) --lr 5e-5 --smallest_crop 0.6 $(call resumed,pt_last.tar)
 	$(RUN) pretrain.py --task=test
-	$(RUN) main.py --k 2 --start_size 2 --rnn_hidden 1024 --batch_size 32 --lr 3e-4 --epochs $(DOG_EPOCHS) $(call resumed,last.tar)
+	$(RUN) main.py --k 2 --start_size 2 --rnn_hidden 1024 --batch_size 32 --lr 3e-4 --epochs $(EPOCHS) $(call resumed,last.tar)
 	$(RUN) main.py --task=test
 	$(RUN) main.py --task=view_glimpses --imgs_dir imgs/dogs
 

@@ -63,8 +63,8 @@ def read_rivals(folders: list[Path]) -> list[Rival]:
         content = json.loads(path.read_text(encoding="utf-8"))
         settings = content["settings"]
         if path.name.startswith("probe_"):
-            curve = f"linear probe, {settings['arch']} {Path(settings['weights']).stem}"
-            detail = f"whole image at {settings['patch_size']} pixels"
+            curve = f"linear probe, weights {Path(settings['weights']).stem}"
+            detail = f"whole image, {settings['arch']} at {settings['patch_size']} pixels"
         else:
             curve, detail = settings["policy"], f"k {settings['k']}, start_size {settings['start_size']}"
             detail += f", {settings['n_glimpses']} glimpses" if settings["n_glimpses"] > 1 else ""

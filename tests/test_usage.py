@@ -82,11 +82,11 @@ def test_rivals_are_drawn_from_what_tests_and_probes_wrote(tmp_path: Path, capsy
         "| learned | k 2, start_size 2, 2 glimpses, resnet18 at 32 pixels | 3.0 | 50.0 | 40.0 to 70.0 |",
         "| learned, average of 7 | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 9.0 | 60.0 | 50.0 to 80.0 |",
         "| learned, average of 7 | k 2, start_size 2, 2 glimpses, resnet18 at 32 pixels | 9.0 | 60.0 | 50.0 to 80.0 |",
-        "| linear probe, resnet50 b | whole image at 96 pixels | 1.0 | 30.0 | 20.0 to 50.0 |",
+        "| linear probe, weights b | whole image, resnet50 at 96 pixels | 1.0 | 30.0 | 20.0 to 50.0 |",
     ]
     [panel] = pyplot.gcf().axes
     assert [text.get_text() for text in panel.get_legend().get_texts()] == [
-        *("learned", "learned, average of 7", "linear probe, resnet50 b")
+        *("learned", "learned, average of 7", "linear probe, weights b")
     ]
     with Image.open(tmp_path / "rivals.png") as image:
         assert len(image.convert("RGB").getcolors(2**16)) > 50
