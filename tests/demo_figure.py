@@ -18,7 +18,7 @@ from main import draw_images, fixed_choice, load_classifier, save_image, single_
 
 POLICIES = ("learned", "center", "random")
 COLUMNS = ("deterministic", "sampled trajectory", "average of 7", "hit rate")
-N_SEARCHED = 40  # test images to search for examples
+EXAMPLES = ("before training", "after training", "a mistake")
 
 
 def read_table(folder: Path) -> list[list[str]]:
@@ -36,19 +36,17 @@ def draw_examples(data_dir: Path, untrained: Path, trained: Path) -> dict[str, I
     """A test image that is classified correctly, before and after training, and one that is not, if there are any."""
     before, after = (load_classifier(folder) for folder in (untrained, trained))
     images = dataset.read_list(data_dir, "test")
-    images = images.subset(fixed_choice(len(images.files), N_SEARCHED, after.settings.seed))
-    dogs = dataset.read_dogs(images)
-    early, late = (
-        list(draw_images(images, dogs, classifier, single_noise(dogs, classifier.settings)))
-        for classifier in (before, after)
-    )
-    examples, correct = {}, [drawing.correct for drawing in late]
-    if True in correct:
-        i = correct.index(True)
-        examples |= {"before training": early[i].panel, "after training": late[i].panel}
-    if False in correct:
-        examples["a mistake"] = late[correct.index(False)].panel
-    return examples
+    images = images.subset(fixed_choice(len(images.files), len(images.files), after.settings.seed))
+    dogs, examples = dataset.read_dogs(images), {}
+    drawn = (draw_images(images, dogs, one, single_noise(dogs, one.settings)) for one in (before, after))
+    for early, late in zip(*drawn):
+        if not late.correct:
+            examples.setdefault("a mistake", late.panel)
+        elif "after training" not in examples:
+            examples |= {"before training": early.panel, "after training": late.panel}
+        if len(examples) == 3:
+            break
+    return {name: examples[name] for name in EXAMPLES if name in examples}
 
 
 def compose(examples: dict[str, Image.Image], table: list[list[str]]) -> Image.Image:
