@@ -504,7 +504,7 @@ def make_evaluation_loader(images: ImageList, *, rank: int, world_size: int, **l
 
 
 def make_training_loader(
-    images: ImageList, *, seed: int, smallest_crop: float, rank: int, world_size: int, **loading: Any
+    images: ImageList, seed: int, smallest_crop: float, *, rank: int, world_size: int, **loading: Any
 ) -> DataLoader:
     """A loader of one process's shard, shuffled and augmented. `loading` goes to `make_loader`."""
     sampler = TrainSampler(len(images.files), seed, smallest_crop, rank=rank, world_size=world_size)

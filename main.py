@@ -333,8 +333,7 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     model.glimpse.speed_up(machine.dtype, compiles=machine.compiles)
     net = utils.wrap(model, machine)
     loading = machine.loading(settings.batch_size, settings.num_workers) | {"canvas_size": model.glimpse.canvas_size}
-    augmentation = {"seed": settings.seed, "smallest_crop": settings.smallest_crop}
-    train_loader = dataset.make_training_loader(train_list, **augmentation, **loading)
+    train_loader = dataset.make_training_loader(train_list, settings.seed, settings.smallest_crop, **loading)
     valid_loader = dataset.make_evaluation_loader(valid_list, **loading)
     policy, valid_dogs = settings.policy, read_dogs(settings, valid_list)
     train_dogs = read_dogs(settings, train_list) if policy == "oracle" else []
@@ -404,10 +403,9 @@ def prediction_header(n_classes: int, n_glimpses: int) -> list[str]:
     return best + [f"{axis}_{t + 1}" for t in range(n_glimpses) for axis in "xy"]
 
 
-def prediction_cells(probabilities: Tensor, class_names: list[str], location: Tensor) -> list[Any]:
-    """The most probable classes, given probabilities [C], and where a trajectory looked, location [T, 2]."""
-    best = [cell for pair in most_probable(probabilities, class_names) for cell in pair]
-    return best + location.flatten().tolist()
+def prediction_cells(best: list[tuple[str, float]], location: Tensor) -> list[Any]:
+    """The classes of `most_probable`, and where a trajectory looked, location [T, 2]."""
+    return [*(cell for pair in best for cell in pair), *location.flatten().tolist()]
 
 
 def write_predictions(
@@ -422,8 +420,8 @@ def write_predictions(
         for i, (file, truth) in enumerate(zip(images.files, images.labels)):
             place = location[i] if estimate == "deterministic" else torch.empty(0)
             of_true = [names[truth], values[i, 0, truth].item()]
-            best = prediction_cells(values[i, 0], names, place)
-            rows.append([file.relative_to(data_dir), estimate, *of_true, *best])
+            predicted = prediction_cells(most_probable(values[i, 0], names), place)
+            rows.append([file.relative_to(data_dir), estimate, *of_true, *predicted])
     header = ["file", "estimate", "true_class", "true_probability"]
     utils.write_table(path, [*header, *prediction_header(len(names), location.shape[1])], rows)
 
@@ -768,13 +766,14 @@ def predict(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) ->
             machine.print(f"passed over: {drawing}")
             continue
         estimate, probabilities = classifier.best_estimate(drawing.probabilities.unsqueeze(0))
+        best = most_probable(probabilities.flatten(), names)
         # A hash tells apart images of the same name.
         unique = hashlib.sha256(os.fsencode(os.path.abspath(file))).hexdigest()[:8]
         path = settings.imgs_dir / f"predict_{file.name[:40]}_{unique}.jpg"
         save_image(path, drawing.panel)
-        lines = [f"  {value:6.1%}  {name}" for name, value in most_probable(probabilities.flatten(), names)]
+        lines = [f"  {value:6.1%}  {name}" for name, value in best]
         machine.print("\n".join([f"{file}: {estimate} (drawn in {path})", *lines]))
-        rows.append([file, *prediction_cells(probabilities.flatten(), names, drawing.location)])
+        rows.append([file, *prediction_cells(best, drawing.location)])
     header = prediction_header(len(names), settings.n_glimpses)
     table = settings.imgs_dir / "predictions.csv"
     if rows:

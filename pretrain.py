@@ -148,13 +148,9 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     run.describe_origin(data=data)
     loading = machine.loading(settings.batch_size, settings.num_workers)
     loading["canvas_size"] = canvas_size(settings.patch_size, STARTS[0])
-    train_loader = dataset.make_training_loader(
-        train_list,
-        seed=settings.seed,
-        smallest_crop=settings.smallest_crop,
-        drop_last=True,  # a ragged batch could hold a single image, too few for BatchNorm
-        **loading,
-    )
+    draws = settings.seed, settings.smallest_crop
+    # A ragged batch could hold a single image, too few for BatchNorm.
+    train_loader = dataset.make_training_loader(train_list, *draws, drop_last=True, **loading)
     valid_loader = dataset.make_evaluation_loader(valid_list, **loading)
     refuse_single_images(train_loader.batch_size, settings, machine)
 

@@ -1,4 +1,4 @@
-"""Print what `make demo` found, and draw it as one picture: before training, after it, a mistake, and the figures.
+"""Print what `make demo` found, and draw it as one figure: before training, after it, a mistake, and the table.
 
     python tests/demo_figure.py --data_dir data/toy --untrained data/toy/saved_models/untrained \
         --trained data/toy/saved_models --out imgs/toy/demo.jpg
@@ -55,27 +55,27 @@ def compose(examples: dict[str, Image.Image], table: list[list[str]]) -> Image.I
     font = ImageFont.load_default(16)
     width = max(panel.width for panel in examples.values())
     height = sum(line + panel.height + gap for panel in examples.values()) + line * len(table) + 2 * gap
-    picture = Image.new("RGB", (max(width, column * len(table[0])) + 2 * gap, height), "white")
-    draw, y = ImageDraw.Draw(picture), gap
+    figure = Image.new("RGB", (max(width, column * len(table[0])) + 2 * gap, height), "white")
+    draw, y = ImageDraw.Draw(figure), gap
     for title, panel in examples.items():
         draw.text((gap, y), title.capitalize(), "black", font)
-        picture.paste(panel, (gap, y + line))
+        figure.paste(panel, (gap, y + line))
         y += line + panel.height + gap
     for row in table:
         for i, cell in enumerate(row):
             draw.text((gap + i * column, y), cell, "black", font)
         y += line
-    return picture
+    return figure
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the table and draw the picture."""
+    """Print the table and draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     for name, what in (
         ("data_dir", "the toy set"),
         ("untrained", "folder of the classifier before training"),
         ("trained", "folder of the trained classifier and its test results"),
-        ("out", "picture to draw"),
+        ("out", "image file to write"),
     ):
         parser.add_argument(f"--{name}", type=Path, required=True, help=what)
     args = parser.parse_args(argv)

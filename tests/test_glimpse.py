@@ -273,7 +273,7 @@ def test_characters_of_no_font_are_escaped(monkeypatch: pytest.MonkeyPatch) -> N
             glimpse.draw_panel(canvas, torch.zeros(1, 2), None, (2,), 32, f"{name}.jpg", [f"{name} (0.50)"], NO_DOGS)
         )
         sheets.append(
-            glimpse.draw_contact_sheet([canvas] * 2, [box] * 2, [f"predicted {name} (0.50)", "true cat"], [None] * 2)
+            glimpse.draw_contact_sheet([canvas] * 2, [box] * 2, [f"predicted {name} (0.50)", "true cat"], [True] * 2)
         )
     for first, second in (panels, sheets):
         assert first.size == second.size and (np.array(first) == np.array(second)).all()
