@@ -87,6 +87,7 @@ class Settings(utils.SharedSettings):
     n_glimpses: int = network_setting(1, "glimpses per image", at_least=1)
     rnn_hidden: int = network_setting(2048, "hidden units of the LSTM", at_least=1)
     std_dev: float = network_setting(0.2, "standard deviation of the sampled location, before tanh", above=0)
+    classify_context: bool = network_setting(False, "let the LSTM read the context's features beside the glimpse's")
     policy: str = network_setting(
         "learned", "where to look; the others are rivals to compare with", fixed="resuming", one_of=POLICIES
     )
@@ -300,7 +301,7 @@ def build_model(
     net = build_backbone(backbone["arch"])
     if weights is not None:
         utils.load_state(net.load_state_dict, weights, path)
-    names = ("k", "start_size", "n_glimpses", "rnn_hidden", "std_dev")
+    names = ("k", "start_size", "n_glimpses", "rnn_hidden", "std_dev", "classify_context")
     keywords = {name: getattr(settings, name) for name in names}
     return RecurrentAttention(backbone=net, n_classes=n_classes, patch_size=backbone["patch_size"], **keywords)
 

@@ -243,6 +243,7 @@ class RecurrentAttention(nn.Module):
     """Attends to a low-resolution context, takes T high-resolution glimpses and classifies the breed.
 
     After Sermanet et al. (arXiv 1412.7054), with the location from soft attention. Raises ValueError by `patch_scales`.
+    classify_context: whether the LSTM also reads the features of the context, which otherwise only guide the gaze.
     """
 
     def __init__(
@@ -256,15 +257,17 @@ class RecurrentAttention(nn.Module):
         n_glimpses: int,
         rnn_hidden: int,
         std_dev: float,
+        classify_context: bool = False,
     ) -> None:
         super().__init__()
         self.n_glimpses = n_glimpses
         self.std_dev = std_dev
+        self.classify_context = classify_context
         n_features = feature_size(backbone)
         self.glimpse = GlimpseNetwork(backbone=backbone, patch_size=patch_size, scales=patch_scales(k, start_size))
         self.locate = LocationNetwork(n_features=n_features, rnn_hidden=rnn_hidden)
         self.baseline = BaselineNetwork(n_features=n_features, rnn_hidden=rnn_hidden)
-        self.rnn = nn.LSTMCell(k * n_features, rnn_hidden)
+        self.rnn = nn.LSTMCell((k + classify_context) * n_features, rnn_hidden)
         self.classify = nn.Linear(rnn_hidden, n_classes)
 
     def forward(self, canvas: Tensor, noise: Tensor, policy: str) -> Rollout:
@@ -286,6 +289,8 @@ class RecurrentAttention(nn.Module):
             a_t = self.locate(V, state, t)  # [B, M, 4]
             l_t, log_pi = self.sample_location(a_t, noise[:, :, t], policy, t)  # [B, M, 2], [B, M]
             g_t = self.glimpse(pyramid, l_t)  # [B, M, k D]
+            if self.classify_context:
+                g_t = torch.cat([g_t, V.mean((2, 3)).unsqueeze(1).expand(-1, M, -1)], dim=-1)  # [B, M, (k + 1) D]
             h_t, c_t = self.rnn(g_t.flatten(0, 1), (h_t, c_t))  # [B M, H]
             z_t = self.classify(h_t).float().view(B, M, -1)  # [B, M, C]
             steps.append((z_t, l_t, a_t.detach(), log_pi, b_t))

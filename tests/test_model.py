@@ -258,6 +258,19 @@ def test_shapes_for_every_pair_of_scales(pair: tuple[int, int], n_glimpses: int,
         sum(attention_loss(rollout, torch.zeros(B, dtype=torch.long), "each")).backward()
 
 
+@pytest.mark.parametrize("classify_context", [False, True])
+def test_what_is_classified(classify_context: bool, make_model) -> None:
+    """Pixels outside the glimpse count only if the context is classified; those inside it always."""
+    net = make_model(n_glimpses=1, classify_context=classify_context).eval()  # the glimpse is pixels 48 to 80 of 128
+    canvas = torch.full((3, 3, 128, 128), 128, dtype=torch.uint8)
+    canvas[1, :, :40] = 255
+    canvas[2, :, 56:72, 56:72] = 255
+    with torch.no_grad():
+        plain, outside, inside = net(canvas, torch.zeros(3, 1, 1, 2), "center").logits
+    assert torch.allclose(plain, outside, atol=1e-6) != classify_context
+    assert not torch.allclose(plain, inside, atol=1e-6)
+
+
 @pytest.mark.parametrize("patch_size", [64, 96])
 def test_other_patch_sizes(patch_size: int, make_model) -> None:
     net = make_model(patch_size=patch_size, k=2, start_size=2)

@@ -69,7 +69,7 @@ def main_args(make_data, save_dir: Path, tmp_path: Path) -> list[str]:
     return [*folders, *SMALL]
 
 
-NETWORK = ("k", "start_size", "n_glimpses", "rnn_hidden", "std_dev")
+NETWORK = ("k", "start_size", "n_glimpses", "rnn_hidden", "std_dev", "classify_context")
 MODEL = ["--rnn_hidden", "16", "--k", "2", "--start_size", "1", "--n_glimpses", "2", "--lr", "0.01"]
 
 
