@@ -1226,8 +1226,9 @@ def test_weights_of_another_kind_end_with_one_line(pretrain_args: list[str], tmp
 def test_weights_saved_by_data_parallel_are_accepted(pretrain_args: list[str], tmp_path: Path) -> None:
     """Each of its keys begins with "module."."""
     resnet, loaded = torchvision.models.get_model(ARCH), []
-    for name, net in (("plain.pth", resnet), ("parallel.pth", torch.nn.DataParallel(resnet))):
-        torch.save(net.state_dict(), tmp_path / name)
+    of_parallel = {f"module.{key}": value for key, value in resnet.state_dict().items()}
+    for name, state in (("plain.pth", resnet.state_dict()), ("parallel.pth", of_parallel)):
+        torch.save(state, tmp_path / name)
         run(pretrain, [*pretrain_args, "--weights", str(tmp_path / name), "--epochs", "0", "--overwrite"])
         loaded.append(read(tmp_path / "out" / "pt_glimpse_model.tar")["model_dict"])
     assert same(*loaded) and torch.equal(loaded[0]["4.0.conv1.weight"], resnet.layer1[0].conv1.weight)
