@@ -16,6 +16,7 @@ if __name__ == "__main__":  # Ctrl-C ends the script quietly while PyTorch is im
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -138,11 +139,12 @@ def refuse_single_images(n_images: int, settings: Settings, machine: Machine) ->
 
 
 def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> None:
-    """Fine-tune the backbone and keep it at its best, the epoch with the highest accuracy of head 123 on validation.
+    """Fine-tune the backbone and keep it at its best, the epoch with the highest mean accuracy of its heads.
 
-    Not with the lowest NLL, which also measures how well the heads are calibrated: they are not used afterwards.
+    Not with the lowest NLL, which also measures how well the heads are calibrated: they are not used afterwards. All
+    heads count, since the accuracy of one on a few hundred validation images says little about one epoch or the next.
     """
-    run = utils.Run(settings, machine, FILES, "error of head 123", last)
+    run = utils.Run(settings, machine, FILES, "mean error of the heads", last)
     checking = machine.checking(settings)
     train_list, valid_list, data = dataset.read_training_data(settings.data_dir, settings.valid_size, **checking)
     run.describe_origin(data=data)
@@ -175,7 +177,8 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
             valid = evaluate(net, valid_loader, machine, "validation")
             seconds = time.perf_counter() - start
             figures = {"train": means, "valid": valid, "lr": lr, "seconds": seconds}
-            is_best = run.save(epoch, 1 - valid["accuracy_123"], model, optimizer, **figures)
+            error = 1 - statistics.fmean(valid[f"accuracy_{name}"] for name in HEADS)
+            is_best = run.save(epoch, round(error, 6), model, optimizer, **figures)  # without it, ties would be broken
             heads = ", ".join(f"{name} {valid['accuracy_' + name]:.2f}" for name in HEADS)
             machine.print(
                 f"{title}: loss {means['loss']:.3f}; valid {heads}, NLL {valid['nll']:.3f}"
