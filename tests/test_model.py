@@ -362,7 +362,7 @@ def test_compiled_backbone_equals_the_eager_one(precision: str, tolerance: float
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3)]
-    net = model.GlimpseNetwork(backbone=nn.Sequential(*layers), patch_size=32, scales=(1,))
+    net = model.GlimpseNetwork(backbone=model.Backbone(*layers), patch_size=32, scales=(1,))
     sizes = [(17, 1), (16, 2), (30, 10)]  # images and glimpses of each: over PATCHES_PER_PASS in the last
     inputs = [(glimpse.build_pyramid(canvases(B), (1,), 32), torch.rand(B, M, 2) * 2 - 1) for B, M in sizes]
     expected = [(net.context(pyramid), net(pyramid, location)) for pyramid, location in inputs]
