@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 
 import dataset
 import utils
-from glimpse import STARTS, canvas_size, normalize
-from model import ARCHITECTURES, HEADS, PretrainNetwork, build_backbone, load_resnet_weights
+from glimpse import FULL_SCALE, STARTS, canvas_size, normalize
+from model import ARCHITECTURES, HEADS, PretrainNetwork, build_backbone, load_resnet_weights, per_scale
 from utils import Machine, UserError, network_setting, setting
 
 FILES = ("pt_glimpse_model.tar", "pt_last.tar", "pt_log.csv")
@@ -79,16 +79,23 @@ def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> di
     return {}
 
 
-def build_model(settings: Settings, n_classes: int) -> PretrainNetwork:
-    """The network of these settings, with fresh weights."""
-    return PretrainNetwork(backbone=build_backbone(settings.arch), n_classes=n_classes, patch_size=settings.patch_size)
-
-
 def place(model: PretrainNetwork, machine: Machine) -> None:
-    """Move the network to the device, and let its backbone be compiled if that was asked for."""
+    """Move the network to the device, and let its backbones be compiled if that was asked for."""
     model.to(machine.device, memory_format=torch.channels_last)
-    if machine.compiles:
-        model.backbone.compile()
+    for backbone in model.backbones.values() if machine.compiles else ():
+        backbone.compile()
+
+
+def load_backbones(backbones: nn.ModuleDict, content: dict[str, Any], path: Path) -> None:
+    """Load the backbones of `model.per_scale` from the content of this script's file, or of that of 2018.
+
+    The latter has one set of BatchNorm statistics for all scales. Raises UserError if the content does not fit.
+    """
+    for backbone in backbones.values():
+        utils.load_state(backbone.load_state_dict, content["model_dict"], path)
+    if "statistics" in content:
+        parameters = dict(backbones.named_parameters(remove_duplicate=False))
+        utils.load_state(lambda found: backbones.load_state_dict({**parameters, **found}), content["statistics"], path)
 
 
 def pretrain_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -157,14 +164,20 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     refuse_single_images(train_loader.batch_size, settings, machine)
 
     torch.manual_seed(settings.seed)
-    model = build_model(settings, len(train_list.class_names))
-    if last is None and load_initial_weights(model.backbone, settings.weights, settings.arch):
+    backbone, n_classes = build_backbone(settings.arch), len(train_list.class_names)
+    if last is None and load_initial_weights(backbone, settings.weights, settings.arch):
         raise UserError(f"--weights {settings.weights} is a backbone of this script, which is for --task=probe only")
+    model = PretrainNetwork(backbones=per_scale(backbone), n_classes=n_classes, patch_size=settings.patch_size)
     place(model, machine)
     optimizer = utils.make_optimizer(model.parameters())
     run.restore(model, optimizer)
     net = utils.wrap(model, machine)
-    best = {"model_dict": model.backbone, "heads": model.heads}
+
+    def best() -> dict[str, dict[str, Tensor]]:
+        whole = model.backbones[str(FULL_SCALE)]  # as --task=probe needs it; 2018 had one set of statistics
+        statistics = dict(model.backbones.named_buffers())
+        return {"model_dict": whole.state_dict(), "statistics": statistics, "heads": model.heads.state_dict()}
+
     with run.training(model, train_list.split_rule, best) as epochs:
         if last:
             utils.warn_of_new_schedule(settings, last, machine)
@@ -193,8 +206,9 @@ def test(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> No
     utils.refuse_other_classes(checkpoint, images.class_names, settings.data_dir, path)
     [(images, fingerprints)] = dataset.check_images(images, **machine.checking(settings))
     dataset.refuse_trained_on(images, fingerprints, checkpoint["data"], path, "test")
-    model = build_model(settings, len(images.class_names))
-    utils.load_state(model.backbone.load_state_dict, checkpoint["model_dict"], path)
+    backbones, n_classes = per_scale(build_backbone(settings.arch)), len(images.class_names)
+    model = PretrainNetwork(backbones=backbones, n_classes=n_classes, patch_size=settings.patch_size)
+    load_backbones(model.backbones, checkpoint, path)
     utils.load_state(lambda content: model.heads.load_state_dict(content["heads"]), checkpoint, path)
     place(model, machine)
     loading = machine.loading(settings.batch_size, settings.num_workers)
