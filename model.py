@@ -270,7 +270,7 @@ class RecurrentAttention(nn.Module):
         n_glimpses: int,
         rnn_hidden: int,
         std_dev: float,
-        classify_context: bool = False,
+        classify_context: bool,
     ) -> None:
         super().__init__()
         self.n_glimpses = n_glimpses

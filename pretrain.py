@@ -16,6 +16,7 @@ if __name__ == "__main__":  # Ctrl-C ends the script quietly while PyTorch is im
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
+import functools
 import statistics
 import time
 from pathlib import Path
@@ -77,6 +78,12 @@ def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> di
         return state
     utils.load_state(lambda state: load_resnet_weights(backbone, state), state, where)
     return {}
+
+
+def build_model(settings: Settings, n_classes: int) -> PretrainNetwork:
+    """The network of these settings, with random weights."""
+    backbones = per_scale(build_backbone(settings.arch))
+    return PretrainNetwork(backbones=backbones, n_classes=n_classes, patch_size=settings.patch_size)
 
 
 def place(model: PretrainNetwork, machine: Machine) -> None:
@@ -164,10 +171,10 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     refuse_single_images(train_loader.batch_size, settings, machine)
 
     torch.manual_seed(settings.seed)
-    backbone, n_classes = build_backbone(settings.arch), len(train_list.class_names)
-    if last is None and load_initial_weights(backbone, settings.weights, settings.arch):
+    model = build_model(settings, len(train_list.class_names))
+    nets = model.backbones.values() if last is None else ()
+    if any(load_initial_weights(net, settings.weights, settings.arch) for net in nets):
         raise UserError(f"--weights {settings.weights} is a backbone of this script, which is for --task=probe only")
-    model = PretrainNetwork(backbones=per_scale(backbone), n_classes=n_classes, patch_size=settings.patch_size)
     place(model, machine)
     optimizer = utils.make_optimizer(model.parameters())
     run.restore(model, optimizer)
@@ -200,25 +207,42 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     machine.print(utils.next_command(settings, "main.py", keep=KEPT))
 
 
+def multiply_adds(settings: Settings, n_classes: int) -> dict[str, int]:
+    """Multiplications, each with an addition, by which each head classifies one image, its features included."""
+    with torch.device("meta"):
+        model, side = build_model(settings, n_classes).eval(), settings.patch_size
+        backbone, patch = model.backbones[str(FULL_SCALE)], torch.empty(1, 3, side, side)
+        of_pass, features = utils.multiply_adds(lambda: backbone(patch)), backbone(patch).mean((2, 3))
+        cost = {}
+        for head, (name, levels) in zip(model.heads, HEADS.items()):
+            classify = functools.partial(head, features.repeat(1, len(levels)))
+            cost[name] = len(levels) * of_pass + utils.multiply_adds(classify)
+    return cost
+
+
 def test(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> None:
-    """Print the accuracy of the best backbone's four heads on the test list."""
+    """Print the accuracy of the best backbone's four heads on the test list, and write it as JSON."""
     images, path = dataset.read_list(settings.data_dir, "test"), settings.save_dir / FILES[0]
     utils.refuse_other_classes(checkpoint, images.class_names, settings.data_dir, path)
     [(images, fingerprints)] = dataset.check_images(images, **machine.checking(settings))
     dataset.refuse_trained_on(images, fingerprints, checkpoint["data"], path, "test")
-    backbones, n_classes = per_scale(build_backbone(settings.arch)), len(images.class_names)
-    model = PretrainNetwork(backbones=backbones, n_classes=n_classes, patch_size=settings.patch_size)
+    n_images, n_classes = len(images.files), len(images.class_names)
+    model = build_model(settings, n_classes)
     load_backbones(model.backbones, checkpoint, path)
     utils.load_state(lambda content: model.heads.load_state_dict(content["heads"]), checkpoint, path)
     place(model, machine)
     loading = machine.loading(settings.batch_size, settings.num_workers)
     loader = dataset.make_evaluation_loader(images, canvas_size=canvas_size(settings.patch_size, STARTS[0]), **loading)
     means = evaluate(utils.wrap(model, machine), loader, machine, "test")
-    machine.print(
-        f"{len(images.files):,} test images of {settings.data_dir}, backbone of epoch {checkpoint['epoch'] + 1}"
-    )
+    machine.print(f"{n_images:,} test images of {settings.data_dir}, backbone of epoch {checkpoint['epoch'] + 1}")
     for name in HEADS:
         machine.print(f"head {name:4} accuracy {means['accuracy_' + name]:.4f}")
+    if machine.rank == 0:
+        path = settings.save_dir / "pt_results.json"
+        figures = {"heads": {name: {"accuracy": means[f"accuracy_{name}"]} for name in HEADS}}
+        cost = multiply_adds(settings, n_classes)
+        utils.write_results(path, settings, machine, n_images, figures, cost, epoch=checkpoint["epoch"] + 1)
+        machine.print(f"all figures in {path}")
     machine.print(utils.next_command(settings, "main.py", keep=("data_dir", "save_dir", "valid_size")))
 
 

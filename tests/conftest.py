@@ -59,7 +59,7 @@ def save_backbone(path: Path, arch: str = ARCH) -> None:
     settings, backbone = {"arch": arch, "patch_size": 32}, build_backbone(arch)
     statistics = dict(per_scale(backbone).named_buffers())
     for name, value in statistics.items():
-        statistics[name] = torch.rand_like(value) + 0.5 if value.is_floating_point() else value
+        statistics[name] = value + torch.rand_like(value) / 10 if value.is_floating_point() else value
     torch.save({"model_dict": backbone.state_dict(), "statistics": statistics, "settings": settings}, path)
 
 
@@ -264,7 +264,7 @@ def make_model() -> Callable[..., RecurrentAttention]:
 
     def make(arch: str = "resnet18", **keywords: object) -> RecurrentAttention:
         settings = {"n_classes": N_CLASSES, "patch_size": 32, "k": 1, "start_size": 1, "n_glimpses": 2}
-        settings |= {"rnn_hidden": 16, "std_dev": 0.2, **keywords}
+        settings |= {"rnn_hidden": 16, "std_dev": 0.2, "classify_context": False, **keywords}
         return RecurrentAttention(backbones=per_scale(build_backbone(arch)), **settings)
 
     return make

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LOGS = {"pt_log.csv": "pre-training", "log.csv": "classifier"}  # as pretrain.py and main.py name them
+HEADS = ("12", "13", "23", "123")  # of pre-training
 PANELS = {  # columns of both logs; the accuracy of pre-training is that of head 123
     "training loss": ("train_loss",),
     "validation NLL": ("valid_nll",),
@@ -58,22 +59,26 @@ def draw_curves(folders: list[Path], pyplot: Any) -> Any:
 def read_rivals(folders: list[Path]) -> list[Rival]:
     """The estimates in all files of results below the folders, by curve and cost."""
     rivals = []
-    patterns = [(folder, name) for folder in folders for name in ("probe_*.json", "results_*.json")]
+    patterns = [(folder, name) for folder in folders for name in ("probe_*.json", "pt_results.json", "results_*.json")]
     for path in sorted({path for folder, name in patterns for path in folder.rglob(name)}):
         content = json.loads(path.read_text(encoding="utf-8"))
         settings = content["settings"]
         if path.name.startswith("probe_"):
             curve = f"linear probe, weights {Path(settings['weights']).stem}"
             detail = f"whole image, {settings['arch']} at {settings['patch_size']} pixels"
+        elif path.name.startswith("pt_"):
+            curve, detail = "pre-training's heads", f"{settings['arch']} at {settings['patch_size']} pixels"
         else:
-            curve, detail = settings["policy"], f"k {settings['k']}, start_size {settings['start_size']}"
+            curve = settings["policy"] + (", context classified" if settings["classify_context"] else "")
+            detail = f"k {settings['k']}, start_size {settings['start_size']}"
             detail += f", {settings['n_glimpses']} glimpses" if settings["n_glimpses"] > 1 else ""
             detail += ", {arch} at {patch_size} pixels".format(**content["backbone"])
         for subject, of_subject in content["figures"].items():
-            for estimate, figures in of_subject.items() if subject in ("probe", f"policy {curve}") else ():
-                name = curve if estimate in ("deterministic", "linear probe") else f"{curve}, {estimate}"
+            for estimate, figures in of_subject.items() if subject.split()[0] in ("probe", "heads", "policy") else ():
+                name = curve if estimate in ("deterministic", "linear probe", *HEADS) else f"{curve}, {estimate}"
+                what = f"head {estimate}, {detail}" if estimate in HEADS else detail
                 cost = content["multiply_adds"][estimate]
-                rivals.append(Rival(name, detail, cost, figures["accuracy"], figures["interval"], content["images"]))
+                rivals.append(Rival(name, what, cost, figures["accuracy"], figures["interval"], content["images"]))
     if not rivals:
         sys.exit(f"error: no results_*.json or probe_*.json below {', '.join(map(str, folders))}: test or probe first")
     return sorted(rivals)

@@ -52,7 +52,7 @@ import dataset
 import main
 import pretrain
 import utils
-from model import HEADS, PretrainNetwork, build_backbone, fold_batchnorm, per_scale
+from model import HEADS, PretrainNetwork, build_backbone, feature_size, fold_batchnorm, per_scale
 
 ROOT = Path(__file__).parent.parent
 
@@ -224,8 +224,15 @@ def test_heads_are_tested_as_they_were_saved(
         "head 13   accuracy 0.3333",
         "head 23   accuracy 0.4444",
         "head 123  accuracy 0.2222",
+        f"all figures in {tmp_path / 'out' / 'pt_results.json'}",
         f"next: python main.py --data_dir {pretrain_args[1]} --save_dir {tmp_path / 'out'} --valid_size 0.3",
     ]
+    results = json.loads((tmp_path / "out" / "pt_results.json").read_text())
+    assert results["figures"]["heads"]["23"]["accuracy"] == pytest.approx(4 / 9) and results["images"] == 9
+    backbone = build_backbone(ARCH)
+    of_pass = utils.multiply_adds(lambda: backbone(torch.zeros(1, 3, 32, 32)))
+    of_head = 3 * feature_size(backbone) * 1024 + 1024 * 3
+    assert results["multiply_adds"]["123"] == 3 * of_pass + of_head
     assert "--resume_training" in refuses(pretrain, ["--task=test", "--resume_training"], capsys)
     assert "--weights" in refuses(pretrain, [*given, "--weights", "none"], capsys)
     assert "--arch" in fails(pretrain, [*given, "--arch", "resnet34"])

@@ -67,26 +67,34 @@ def test_rivals_are_drawn_from_what_tests_and_probes_wrote(tmp_path: Path, capsy
         content["backbone"] = {"arch": "resnet18", "patch_size": 32}
         path.write_text(json.dumps({**content, "settings": settings}))
 
-    sizes = {"k": 1, "start_size": 2, "n_glimpses": 2}
+    sizes = {"k": 1, "start_size": 2, "n_glimpses": 2, "classify_context": False}
     estimates = {"deterministic": (0.5, 3 * 10**9), "average of 7": (0.6, 9 * 10**9)}
     write(tmp_path / "1" / "results_learned.json", "policy learned", estimates, policy="learned", **sizes)
     write(
         tmp_path / "2" / "3" / "results_learned.json", "policy learned", estimates, policy="learned", **sizes | {"k": 2}
     )
-    probe = {"arch": "resnet50", "weights": "a/b.pth", "patch_size": 96}
+    probe, context = {"arch": "resnet50", "weights": "a/b.pth", "patch_size": 96}, sizes | {"classify_context": True}
     write(tmp_path / "probe_96.json", "probe", {"linear probe": (0.3, 10**9)}, **probe)
+    write(
+        tmp_path / "4" / "results_grid.json", "policy grid", {"deterministic": (0.4, 10**9)}, policy="grid", **context
+    )
+    write(tmp_path / "pt_results.json", "heads", {"23": (0.2, 2 * 10**9)}, **probe)
     (tmp_path / "other.json").write_text("[]")
     plot.main(["rivals", str(tmp_path), "--out", str(tmp_path / "rivals.png")])
     assert capsys.readouterr().out.splitlines()[2:-1] == [
+        "| grid, context classified | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 1.0 | 40.0 "
+        "| 30.0 to 60.0 |",
         "| learned | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 3.0 | 50.0 | 40.0 to 70.0 |",
         "| learned | k 2, start_size 2, 2 glimpses, resnet18 at 32 pixels | 3.0 | 50.0 | 40.0 to 70.0 |",
         "| learned, average of 7 | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 9.0 | 60.0 | 50.0 to 80.0 |",
         "| learned, average of 7 | k 2, start_size 2, 2 glimpses, resnet18 at 32 pixels | 9.0 | 60.0 | 50.0 to 80.0 |",
         "| linear probe, weights b | whole image, resnet50 at 96 pixels | 1.0 | 30.0 | 20.0 to 50.0 |",
+        "| pre-training's heads | head 23, resnet50 at 96 pixels | 2.0 | 20.0 | 10.0 to 40.0 |",
     ]
     [panel] = pyplot.gcf().axes
     assert [text.get_text() for text in panel.get_legend().get_texts()] == [
-        *("learned", "learned, average of 7", "linear probe, weights b")
+        *("grid, context classified", "learned", "learned, average of 7", "linear probe, weights b"),
+        "pre-training's heads",
     ]
     with Image.open(tmp_path / "rivals.png") as image:
         assert len(image.convert("RGB").getcolors(2**16)) > 50
