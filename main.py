@@ -48,7 +48,6 @@ from model import (
     Rollout,
     attention_loss,
     build_backbone,
-    per_scale,
     rewards,
 )
 from utils import Machine, UserError, file_setting, network_setting, setting, training_setting
@@ -263,8 +262,8 @@ def validate(
 
 def read_backbone(
     settings: Settings, valid_list: ImageList, data: dict[str, Any], machine: Machine
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Content of the pre-trained backbone's file, and what the classifier's checkpoint stores about it.
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights of the pre-trained backbone, and what the classifier's checkpoint stores about it.
 
     Raises UserError if it was trained on images that are validated on here. Other images are fine, which is said.
     """
@@ -286,25 +285,25 @@ def read_backbone(
         "file": str(path),
         "trained_on": trained_on,
     }
-    return content, {**about, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return content["model_dict"], {**about, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def build_model(
-    settings: Settings, backbone: dict[str, Any], n_classes: int, path: Path, content: dict[str, Any] | None = None
+    settings: Settings, backbone: dict[str, Any], n_classes: int, path: Path, weights: dict[str, Tensor] | None = None
 ) -> RecurrentAttention:
-    """The network of these settings, randomly initialized except for the backbone, if the content of its file is given.
+    """The network of these settings, randomly initialized except for the backbone weights, if given.
 
     path: the file that describes the backbone. Raises UserError if that is not valid or does not fit the weights.
     """
     for name in ("arch", "patch_size"):
         if wrong := utils.problem(backbone.get(name), pretrain.Settings.__dataclass_fields__[name]):
             raise utils.wrong_kind(path, f"the {name} of its backbone: {wrong}")
-    backbones = per_scale(build_backbone(backbone["arch"]))
-    if content is not None:
-        pretrain.load_backbones(backbones, content, path)
+    net = build_backbone(backbone["arch"])
+    if weights is not None:
+        utils.load_state(net.load_state_dict, weights, path)
     names = ("k", "start_size", "n_glimpses", "rnn_hidden", "std_dev", "classify_context")
     keywords = {name: getattr(settings, name) for name in names}
-    return RecurrentAttention(backbones=backbones, n_classes=n_classes, patch_size=backbone["patch_size"], **keywords)
+    return RecurrentAttention(backbone=net, n_classes=n_classes, patch_size=backbone["patch_size"], **keywords)
 
 
 def show_watched(
@@ -324,11 +323,11 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     train_list, valid_list, data = dataset.read_training_data(
         settings.data_dir, settings.valid_size, **machine.checking(settings)
     )
-    content, backbone = (None, last["backbone"]) if last else read_backbone(settings, valid_list, data, machine)
+    weights, backbone = (None, last["backbone"]) if last else read_backbone(settings, valid_list, data, machine)
     run.describe_origin(data=data, backbone=backbone)
     torch.manual_seed(settings.seed)
     path = run.last_path if last else Path(backbone["file"])
-    model = build_model(settings, backbone, len(train_list.class_names), path, content)
+    model = build_model(settings, backbone, len(train_list.class_names), path, weights)
     model.to(machine.device, memory_format=torch.channels_last)
     optimizer = utils.make_optimizer(*model.parameter_groups())
     run.restore(model, optimizer)
@@ -340,7 +339,7 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
     policy, valid_dogs = settings.policy, read_dogs(settings, valid_list)
     train_dogs = read_dogs(settings, train_list) if policy == "oracle" else []
     valid_noise, boxes = single_noise(valid_dogs, settings), dataset.boxes_of_dogs(valid_dogs)
-    with run.training(model, train_list.split_rule, lambda: {"model_dict": model.state_dict()}) as epochs:
+    with run.training(model, train_list.split_rule, {"model_dict": model}) as epochs:
         if last:
             utils.warn_of_new_schedule(settings, last, machine)
         for epoch in epochs:

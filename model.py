@@ -49,8 +49,8 @@ def build_backbone(arch: str) -> Backbone:
     return Backbone(*list(resnet.children())[:-2])
 
 
-def feature_size(backbone: nn.Module) -> int:
-    """D, the number of output channels of the backbone, or of the last of several."""
+def feature_size(backbone: nn.Sequential) -> int:
+    """D, the number of output channels of the backbone."""
     return [module for module in backbone.modules() if isinstance(module, nn.Conv2d)][-1].out_channels
 
 
@@ -66,15 +66,6 @@ def fold_batchnorm(backbone: nn.Sequential) -> nn.Sequential:
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, nn.Identity())
     return folded
-
-
-def per_scale(backbone: nn.Sequential) -> nn.ModuleDict:
-    """For each scale of `STARTS`, a backbone with the same parameters but BatchNorm statistics of its own.
-
-    Whole images and close-ups differ so much that statistics of both fit neither (tests/RESULTS.md has the figures).
-    """
-    shared = {id(parameter): parameter for parameter in backbone.parameters()}  # which are not copied
-    return nn.ModuleDict({str(scale): copy.deepcopy(backbone, dict(shared)) for scale in STARTS})
 
 
 def load_resnet_weights(backbone: nn.Sequential, resnet_state: dict[str, Tensor]) -> None:
@@ -96,13 +87,13 @@ def load_resnet_weights(backbone: nn.Sequential, resnet_state: dict[str, Tensor]
 
 
 class PretrainNetwork(nn.Module):
-    """Backbones of `per_scale` with four classification heads on concentric patches, one for each scale."""
+    """The backbone with four classification heads on concentric patches at high, medium and low resolution."""
 
-    def __init__(self, *, backbones: nn.ModuleDict, n_classes: int, patch_size: int) -> None:
+    def __init__(self, *, backbone: nn.Sequential, n_classes: int, patch_size: int) -> None:
         super().__init__()
-        self.backbones = backbones
+        self.backbone = backbone
         self.patch_size = patch_size
-        n_features = feature_size(backbones)
+        n_features = feature_size(backbone)
         self.heads = nn.ModuleList(
             nn.Sequential(
                 nn.Linear(len(levels) * n_features, 1024), nn.BatchNorm1d(1024), nn.ReLU(), nn.Linear(1024, n_classes)
@@ -115,28 +106,27 @@ class PretrainNetwork(nn.Module):
         pyramid = build_pyramid(canvas, STARTS, self.patch_size)
         center = torch.zeros(len(canvas), 1, 2, device=canvas.device)
         patches = normalize(extract_patches(pyramid, center, STARTS, self.patch_size))  # [B, 1, 3, 3, P, P]
-        features = [net(patches[:, 0, i]).mean((2, 3)) for i, net in enumerate(self.backbones.values())]  # 3 x [B, D]
+        # One pass per level, so that BatchNorm does not mix the statistics of close-ups and whole images.
+        features = [self.backbone(patches[:, 0, i]).mean((2, 3)) for i in range(len(STARTS))]  # 3 x [B, D]
         logits = [head(torch.cat([features[i] for i in levels], 1)) for head, levels in zip(self.heads, HEADS.values())]
         return torch.stack(logits, dim=1).float()
 
 
 class GlimpseNetwork(nn.Module):
-    """Features of the context and of glimpses from the frozen backbones of `per_scale`, their BatchNorm folded."""
+    """Features of the context and of glimpses from the frozen backbone, its BatchNorm folded into the weights."""
 
-    def __init__(self, *, backbones: nn.ModuleDict, patch_size: int, scales: tuple[int, ...]) -> None:
+    def __init__(self, *, backbone: nn.Sequential, patch_size: int, scales: tuple[int, ...]) -> None:
         super().__init__()
-        needed = [str(scale) for scale in STARTS if scale in (*scales, FULL_SCALE)]
-        self.backbones = nn.ModuleDict({scale: fold_batchnorm(backbones[scale]) for scale in needed})
-        self.backbones.requires_grad_(False)
+        self.backbone = fold_batchnorm(backbone).requires_grad_(False)
         self.patch_size = patch_size
         self.scales = scales
         self.canvas_size = canvas_size(patch_size, scales[0])
         self.compiled = False
 
     def train(self, mode: bool = True) -> "GlimpseNetwork":
-        """Leaves the frozen backbones in eval mode, for which alone they are compiled."""
+        """Leaves the frozen backbone in eval mode, for which alone it is compiled."""
         super().train(mode)
-        self.backbones.eval()
+        self.backbone.eval()
         return self
 
     def speed_up(self, dtype: torch.dtype, *, compiles: bool) -> None:
@@ -144,27 +134,26 @@ class GlimpseNetwork(nn.Module):
 
         Autocast alone would cast the frozen weights anew in every pass. The state dict keeps the float32 weights.
         """
-        exact = {name: weight.cpu() for name, weight in self.backbones.state_dict().items()}
-        self.backbones.to(dtype)
-        self.backbones.register_state_dict_post_hook(
+        exact = {name: weight.cpu() for name, weight in self.backbone.state_dict().items()}
+        self.backbone.to(dtype)
+        self.backbone.register_state_dict_post_hook(
             lambda _, state, prefix, __: state.update({prefix + name: weight for name, weight in exact.items()})
         )
         self.compiled = compiles
-        for backbone in self.backbones.values() if compiles else ():
-            backbone.compile()
+        if compiles:
+            self.backbone.compile()
 
-    def features(self, patches: Tensor, scale: int) -> Tensor:
-        """Patches [N, 3, P, P] of a scale, in [0, 1] -> features [N, D, P/16, P/16] of its frozen backbone."""
-        patches = normalize(patches).contiguous(memory_format=torch.channels_last)
-        backbone = self.backbones[str(scale)]
+    def features(self, patches: Tensor) -> Tensor:
+        """Normalized patches [N, 3, P, P] -> features [N, D, P/16, P/16] of the frozen backbone."""
+        patches = patches.contiguous(memory_format=torch.channels_last)
         if not self.compiled:
-            return backbone(patches)
+            return self.backbone(patches)
         from torch._inductor import config  # takes seconds to import
 
         torch._dynamo.mark_dynamic(patches, 0)  # or it would be compiled anew for every N
         # Frozen weights are packed for the matrix units of the CPU, and each ReLU is fused with its convolution.
         with config.patch(freezing=patches.device.type == "cpu"):
-            return backbone(patches)
+            return self.backbone(patches)
 
     @torch.no_grad()
     def context(self, pyramid: dict[int, Tensor]) -> Tensor:
@@ -172,17 +161,15 @@ class GlimpseNetwork(nn.Module):
         level = pyramid[FULL_SCALE]
         center = torch.zeros(len(level), 1, 2, device=level.device)
         image = extract_patches(pyramid, center, (FULL_SCALE,), self.patch_size)  # [B, 1, 1, 3, P, P]
-        return F.adaptive_avg_pool2d(self.features(image.flatten(0, 2), FULL_SCALE), 2).float()
+        return F.adaptive_avg_pool2d(self.features(normalize(image.flatten(0, 2))), 2).float()
 
     @torch.no_grad()
     def forward(self, pyramid: dict[int, Tensor], location: Tensor) -> Tensor:
         """Features of the glimpses at location [B, M, 2], concatenated over patches, finest first: [B, M, k D]."""
         patches = extract_patches(pyramid, location, self.scales, self.patch_size)  # [B, M, k, 3, P, P]
-        features = []
-        for i, scale in enumerate(self.scales):
-            chunks = patches[:, :, i].flatten(0, 1).split(PATCHES_PER_PASS)  # [B M, 3, P, P]
-            features.append(torch.cat([self.features(chunk, scale).mean((2, 3)).float() for chunk in chunks]))
-        return torch.cat(features, dim=1).view(*location.shape[:2], -1)
+        chunks = patches.flatten(0, 2).split(PATCHES_PER_PASS)
+        features = torch.cat([self.features(normalize(chunk)).mean((2, 3)).float() for chunk in chunks])  # [B M k, D]
+        return features.view(*location.shape[:2], -1)
 
 
 class LocationNetwork(nn.Module):
@@ -262,7 +249,7 @@ class RecurrentAttention(nn.Module):
     def __init__(
         self,
         *,
-        backbones: nn.ModuleDict,
+        backbone: nn.Sequential,
         n_classes: int,
         patch_size: int,
         k: int,
@@ -276,8 +263,8 @@ class RecurrentAttention(nn.Module):
         self.n_glimpses = n_glimpses
         self.std_dev = std_dev
         self.classify_context = classify_context
-        n_features = feature_size(backbones)
-        self.glimpse = GlimpseNetwork(backbones=backbones, patch_size=patch_size, scales=patch_scales(k, start_size))
+        n_features = feature_size(backbone)
+        self.glimpse = GlimpseNetwork(backbone=backbone, patch_size=patch_size, scales=patch_scales(k, start_size))
         self.locate = LocationNetwork(n_features=n_features, rnn_hidden=rnn_hidden)
         self.baseline = BaselineNetwork(n_features=n_features, rnn_hidden=rnn_hidden)
         self.rnn = nn.LSTMCell((k + classify_context) * n_features, rnn_hidden)

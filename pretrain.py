@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader
 
 import dataset
 import utils
-from glimpse import FULL_SCALE, STARTS, canvas_size, normalize
-from model import ARCHITECTURES, HEADS, PretrainNetwork, build_backbone, load_resnet_weights, per_scale
+from glimpse import STARTS, canvas_size, normalize
+from model import ARCHITECTURES, HEADS, PretrainNetwork, build_backbone, load_resnet_weights
 from utils import Machine, UserError, network_setting, setting
 
 FILES = ("pt_glimpse_model.tar", "pt_last.tar", "pt_log.csv")
@@ -81,28 +81,15 @@ def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> di
 
 
 def build_model(settings: Settings, n_classes: int) -> PretrainNetwork:
-    """The network of these settings, with random weights."""
-    backbones = per_scale(build_backbone(settings.arch))
-    return PretrainNetwork(backbones=backbones, n_classes=n_classes, patch_size=settings.patch_size)
+    """The network of these settings, with fresh weights."""
+    return PretrainNetwork(backbone=build_backbone(settings.arch), n_classes=n_classes, patch_size=settings.patch_size)
 
 
 def place(model: PretrainNetwork, machine: Machine) -> None:
-    """Move the network to the device, and let its backbones be compiled if that was asked for."""
+    """Move the network to the device, and let its backbone be compiled if that was asked for."""
     model.to(machine.device, memory_format=torch.channels_last)
-    for backbone in model.backbones.values() if machine.compiles else ():
-        backbone.compile()
-
-
-def load_backbones(backbones: nn.ModuleDict, content: dict[str, Any], path: Path) -> None:
-    """Load the backbones of `model.per_scale` from the content of this script's file, or of that of 2018.
-
-    The latter has one set of BatchNorm statistics for all scales. Raises UserError if the content does not fit.
-    """
-    for backbone in backbones.values():
-        utils.load_state(backbone.load_state_dict, content["model_dict"], path)
-    if "statistics" in content:
-        parameters = dict(backbones.named_parameters(remove_duplicate=False))
-        utils.load_state(lambda found: backbones.load_state_dict({**parameters, **found}), content["statistics"], path)
+    if machine.compiles:
+        model.backbone.compile()
 
 
 def pretrain_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -172,19 +159,13 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
 
     torch.manual_seed(settings.seed)
     model = build_model(settings, len(train_list.class_names))
-    nets = model.backbones.values() if last is None else ()
-    if any(load_initial_weights(net, settings.weights, settings.arch) for net in nets):
+    if last is None and load_initial_weights(model.backbone, settings.weights, settings.arch):
         raise UserError(f"--weights {settings.weights} is a backbone of this script, which is for --task=probe only")
     place(model, machine)
     optimizer = utils.make_optimizer(model.parameters())
     run.restore(model, optimizer)
     net = utils.wrap(model, machine)
-
-    def best() -> dict[str, dict[str, Tensor]]:
-        whole = model.backbones[str(FULL_SCALE)]  # as --task=probe needs it; 2018 had one set of statistics
-        statistics = dict(model.backbones.named_buffers())
-        return {"model_dict": whole.state_dict(), "statistics": statistics, "heads": model.heads.state_dict()}
-
+    best = {"model_dict": model.backbone, "heads": model.heads}
     with run.training(model, train_list.split_rule, best) as epochs:
         if last:
             utils.warn_of_new_schedule(settings, last, machine)
@@ -211,9 +192,8 @@ def multiply_adds(settings: Settings, n_classes: int) -> dict[str, int]:
     """Multiplications, each with an addition, by which each head classifies one image, its features included."""
     with torch.device("meta"):
         model, side = build_model(settings, n_classes).eval(), settings.patch_size
-        backbone, patch = model.backbones[str(FULL_SCALE)], torch.empty(1, 3, side, side)
-        of_pass, features = utils.multiply_adds(lambda: backbone(patch)), backbone(patch).mean((2, 3))
-        cost = {}
+        patch, cost = torch.empty(1, 3, side, side), {}
+        of_pass, features = utils.multiply_adds(lambda: model.backbone(patch)), model.backbone(patch).mean((2, 3))
         for head, (name, levels) in zip(model.heads, HEADS.items()):
             classify = functools.partial(head, features.repeat(1, len(levels)))
             cost[name] = len(levels) * of_pass + utils.multiply_adds(classify)
@@ -228,7 +208,7 @@ def test(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) -> No
     dataset.refuse_trained_on(images, fingerprints, checkpoint["data"], path, "test")
     n_images, n_classes = len(images.files), len(images.class_names)
     model = build_model(settings, n_classes)
-    load_backbones(model.backbones, checkpoint, path)
+    utils.load_state(model.backbone.load_state_dict, checkpoint["model_dict"], path)
     utils.load_state(lambda content: model.heads.load_state_dict(content["heads"]), checkpoint, path)
     place(model, machine)
     loading = machine.loading(settings.batch_size, settings.num_workers)

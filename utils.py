@@ -652,10 +652,9 @@ def load_state(load: Callable[[dict[str, Any]], Any], state: dict[str, Any], pat
         raise UserError(f"the state in {path} does not fit this network: {mismatches[0][:160]}") from error
 
 
-def on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state on the CPU, so that its file opens on any machine. Shared weights are copied, hence written, once."""
-    copies = {value.data_ptr(): value.cpu() for value in state.values()}
-    return {key: copies[value.data_ptr()] for key, value in state.items()}
+def cpu_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state dict on the CPU, so that its file opens on any machine."""
+    return {key: value.cpu() for key, value in module.state_dict().items()}
 
 
 def refuse_other_classes(checkpoint: dict[str, Any], class_names: list[str], data_dir: Path, path: Path) -> None:
@@ -808,12 +807,10 @@ class Run:
             load_state(optimizer.load_state_dict, self.last["optimizer"], self.last_path)
 
     @contextlib.contextmanager
-    def training(
-        self, model: nn.Module, split_rule: str, best: Callable[[], dict[str, dict[str, Tensor]]]
-    ) -> Iterator[range]:
+    def training(self, model: nn.Module, split_rule: str, best: dict[str, nn.Module]) -> Iterator[range]:
         """Describe the run, yield the epochs (from 0) to train, and at the end say what is saved, also when stopped.
 
-        best: returns the states that the best checkpoint is to hold, by the names of its entries.
+        best: modules whose states the best checkpoint holds, by the names of its entries.
         """
         first, n_epochs, rows = self.last["epoch"] + 1 if self.last else 0, self.settings.epochs, self.rows
         self.best = best
@@ -861,7 +858,7 @@ class Run:
             if not self.last and not self.rows:
                 self.last_path.unlink(missing_ok=True)
                 self.log_path.unlink(missing_ok=True)
-            states = {name: on_cpu(state) for name, state in self.best().items()}
+            states = {name: cpu_state(module) for name, module in self.best.items()}
             save_checkpoint(self.best_path, {**states, "epoch": epoch, "metrics": metrics, **self.stored})
 
     def save(
@@ -885,7 +882,7 @@ class Run:
                 for name, value in row.items():
                     self.board.add_scalar("/".join(reversed(name.split("_", 1))), value, epoch + 1)
                 self.board.flush()
-            state = {"model_dict": on_cpu(model.state_dict()), "optimizer": optimizer.state_dict()}
+            state = {"model_dict": cpu_state(model), "optimizer": optimizer.state_dict()}
             progress = {"epoch": epoch, "best_score": self.best_score, "log": rows}
             save_checkpoint(self.last_path, {**state, **progress, **self.stored})
         self.rows = rows

@@ -40,7 +40,7 @@ import utils
 from data.toy_dogs import write_list
 from dataset import ImageDataset, make_evaluation_loader, make_loader, read_list
 from glimpse import FULL_SCALE, STARTS, build_pyramid, canvas_size, extract_patches, normalize, patch_scales
-from model import PATCHES_PER_PASS, PretrainNetwork, RecurrentAttention, build_backbone, per_scale
+from model import PATCHES_PER_PASS, PretrainNetwork, RecurrentAttention, build_backbone
 
 N_CLASSES = 120
 K, START_SIZE = 2, 2
@@ -159,13 +159,13 @@ def make_classifier(setting: Setting, k: int, start_size: int, n_glimpses: int) 
 
 
 def frozen_passes(net: RecurrentAttention, machine: utils.Machine, *batches: torch.Tensor) -> Callable[[], None]:
-    """The passes of batches of patches [N, 3, P, P] through a frozen backbone, and hardly anything else."""
+    """The passes of batches of patches [N, 3, P, P] through the frozen backbone, and nothing else."""
 
     @torch.no_grad()
     def passes() -> None:
         with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bf16"):
             for patches in batches:
-                net.glimpse.features(patches, FULL_SCALE)
+                net.glimpse.features(patches)
 
     return passes
 
@@ -190,17 +190,17 @@ def make_step(
         batch_size=batch_size,
     )
     if job == "pretrain":
-        backbones = per_scale(build_backbone(setting.arch))
-        model = PretrainNetwork(backbones=backbones, n_classes=N_CLASSES, patch_size=setting.patch_size)
+        backbone = build_backbone(setting.arch)
+        model = PretrainNetwork(backbone=backbone, n_classes=N_CLASSES, patch_size=setting.patch_size)
         pretrain.place(model, machine)
         optimizer = utils.make_optimizer(model.parameters())
         net = utils.wrap(model, machine)
         patches = [random_patches(setting, batch_size) for _ in STARTS]
-        bare = [utils.MixedPrecision(backbone, machine) for backbone in backbones.values()]
+        bare = utils.MixedPrecision(backbone, machine)
 
         def train_passes() -> None:
-            backbones.zero_grad()
-            sum(net(some).float().mean() for net, some in zip(bare, patches)).backward()
+            backbone.zero_grad()
+            sum(bare(some).float().mean() for some in patches).backward()
 
         return lambda: pretrain.train_one_epoch(net, loader, optimizer, machine, job), train_passes
 

@@ -26,7 +26,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import model
 import utils
-from model import RecurrentAttention, build_backbone, per_scale
+from model import RecurrentAttention, build_backbone
 
 N_CLASSES = 3
 ARCH = "narrow"  # the width of a backbone matters to the time of a test, not to what the scripts do with it
@@ -55,12 +55,9 @@ model.ARCHITECTURES.append(ARCH)
 
 
 def save_backbone(path: Path, arch: str = ARCH) -> None:
-    """A backbone for 32-pixel patches, as pretrain.py saves it, with other statistics for each scale."""
-    settings, backbone = {"arch": arch, "patch_size": 32}, build_backbone(arch)
-    statistics = dict(per_scale(backbone).named_buffers())
-    for name, value in statistics.items():
-        statistics[name] = value + torch.rand_like(value) / 10 if value.is_floating_point() else value
-    torch.save({"model_dict": backbone.state_dict(), "statistics": statistics, "settings": settings}, path)
+    """A backbone for 32-pixel patches, as pretrain.py saves it."""
+    settings = {"arch": arch, "patch_size": 32}
+    torch.save({"model_dict": build_backbone(arch).state_dict(), "settings": settings}, path)
 
 
 # --- runs
@@ -265,7 +262,7 @@ def make_model() -> Callable[..., RecurrentAttention]:
     def make(arch: str = "resnet18", **keywords: object) -> RecurrentAttention:
         settings = {"n_classes": N_CLASSES, "patch_size": 32, "k": 1, "start_size": 1, "n_glimpses": 2}
         settings |= {"rnn_hidden": 16, "std_dev": 0.2, "classify_context": False, **keywords}
-        return RecurrentAttention(backbones=per_scale(build_backbone(arch)), **settings)
+        return RecurrentAttention(backbone=build_backbone(arch), **settings)
 
     return make
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import glimpse
 import model
-from model import PretrainNetwork, Rollout, attention_loss, build_backbone, gaussian_log_prob, location_mean, per_scale
+from model import PretrainNetwork, Rollout, attention_loss, build_backbone, gaussian_log_prob, location_mean
 
 PAIRS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 4)]
 
@@ -109,15 +109,15 @@ def test_weights_of_another_network_are_rejected() -> None:
 
 
 def test_pretraining_heads_read_their_resolution_levels() -> None:
-    backbones, read = per_scale(build_backbone("resnet18")), []
-    net = PretrainNetwork(backbones=backbones, n_classes=N_CLASSES, patch_size=32).eval()
+    net = PretrainNetwork(backbone=build_backbone("resnet18"), n_classes=N_CLASSES, patch_size=32).eval()
+    read = []
     for head in net.heads:
         head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
     canvas = canvases(2)
     with torch.no_grad():
         assert net(canvas).shape == (2, 4, N_CLASSES)
         high, medium, low = (
-            backbone(
+            net.backbone(
                 glimpse.normalize(
                     torch.nn.functional.interpolate(
                         canvas[..., edge : 128 - edge, edge : 128 - edge] / 255,
@@ -127,8 +127,7 @@ def test_pretraining_heads_read_their_resolution_levels() -> None:
                     )
                 )
             ).mean((2, 3))
-            # the central quarter and half of the side, and all of it
-            for edge, backbone in zip((48, 32, 0), backbones.values(), strict=True)
+            for edge in (48, 32, 0)  # the central quarter and half of the side, and all of it
         )
     expected = [(high, medium), (high, low), (medium, low), (high, medium, low)]
     for features, levels in zip(read, expected, strict=True):
@@ -137,20 +136,13 @@ def test_pretraining_heads_read_their_resolution_levels() -> None:
         assert torch.nn.functional.cosine_similarity(features, torch.cat(levels[::-1], dim=1)).max() < 0.99
 
 
-def test_each_scale_has_its_own_statistics_but_no_weights() -> None:
-    """In 2018 one set of BatchNorm statistics, in training those of one scale at a time, was used for all scales."""
-    backbones = per_scale(build_backbone("resnet18"))
-    net = PretrainNetwork(backbones=backbones, n_classes=N_CLASSES, patch_size=32)
-    assert len(list(net.backbones.parameters())) == len(list(build_backbone("resnet18").parameters()))
-    canvas = canvases(4)
-    net(canvas)
-    pyramid = glimpse.build_pyramid(canvas, glimpse.STARTS, 32)
-    patches = glimpse.extract_patches(pyramid, torch.zeros(4, 1, 2), glimpse.STARTS, 32)
-    means = []
-    for i, (convolution, norm, *_) in enumerate(net.backbones.values()):
-        means.append(convolution(glimpse.normalize(patches[:, 0, i])).mean((0, 2, 3)))
-        assert torch.allclose(norm.running_mean, 0.1 * means[-1], atol=1e-5)
-    assert not torch.allclose(means[0], means[2], atol=1e-3)
+def test_each_resolution_level_has_its_own_batch_statistics() -> None:
+    """The backbone runs three times in training: one pass over all patches would mix their statistics."""
+    net = PretrainNetwork(backbone=build_backbone("resnet18"), n_classes=N_CLASSES, patch_size=32)
+    sizes = []
+    net.backbone.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    net(canvases(4))
+    assert sizes == [4, 4, 4]
 
 
 # --- location
@@ -177,7 +169,7 @@ def test_glimpse_is_taken_from_the_attended_quadrant(quadrant: int, corner: tupl
 
 def test_context_quadrants_are_in_the_order_of_attention(make_model) -> None:
     net = make_model()
-    net.glimpse.backbones["4"] = nn.AvgPool2d(16)  # a backbone whose receptive field is one cell
+    net.glimpse.backbone = nn.AvgPool2d(16)  # a backbone whose receptive field is one cell
     canvas = torch.zeros(4, 3, 128, 128, dtype=torch.uint8)
     for quadrant in range(4):
         row, column = divmod(quadrant, 2)
@@ -300,8 +292,7 @@ def test_trajectories_share_context_and_equal_single_ones(make_model, monkeypatc
     net = make_model(k=2, start_size=1).eval()
     canvas, noise = canvases(2), torch.randn(2, 7, 2, 2)
     seen = []
-    for backbone in net.glimpse.backbones.values():
-        backbone.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    net.glimpse.backbone.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     together = net(canvas, noise, "learned")
     assert sum(seen) == 2 + 2 * 7 * 2 * 2  # one context per image, then k patches per glimpse and trajectory
     monkeypatch.setattr(model, "PATCHES_PER_PASS", 5)
@@ -313,8 +304,6 @@ def test_trajectories_share_context_and_equal_single_ones(make_model, monkeypatc
 def test_glimpse_features_are_those_of_the_reference_patches(make_model) -> None:
     """The forward pass by hand: patches cut with PIL, one at a time, through the backbone and the LSTM."""
     net = make_model(k=2, start_size=2, n_glimpses=1, patch_size=96).eval()
-    for backbone in net.glimpse.backbones.values():  # as if folded with other statistics for each scale
-        backbone[0].bias.data.uniform_(-0.5, 0.5)
     x, y = torch.meshgrid(torch.linspace(0, 1, 192), torch.linspace(0, 1, 192), indexing="xy")
     canvas = (torch.stack([x, y, (x * 9).sin() * (y * 7).cos() / 2 + 0.5]) * 255).byte()
     rollout = net(canvas.unsqueeze(0), torch.full((1, 1, 1, 2), 0.5), "learned")
@@ -324,9 +313,9 @@ def test_glimpse_features_are_those_of_the_reference_patches(make_model) -> None
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
         features = []
-        for patch, scale in zip(patches, "24", strict=True):
+        for patch in patches:
             pixels = (torch.from_numpy(np.array(patch)) / 255 - mean) / std
-            features.append(net.glimpse.backbones[scale](pixels.permute(2, 0, 1).unsqueeze(0)).mean((2, 3)))
+            features.append(net.glimpse.backbone(pixels.permute(2, 0, 1).unsqueeze(0)).mean((2, 3)))
         hidden, _ = net.rnn(torch.cat(features, dim=1))
         logits = net.classify(hidden)
     assert torch.allclose(rollout.logits[0, :, -1], logits, atol=0.02)
@@ -369,14 +358,11 @@ def test_cast_weights_compute_what_autocast_computes(precision: str, make_model)
     ("precision", "tolerance"), [pytest.param("fp32", 1e-4, marks=pytest.mark.slow), ("bf16", 2e-2)]
 )
 def test_compiled_backbone_equals_the_eager_one(precision: str, tolerance: float) -> None:
-    """And each is compiled once for all numbers of patches from 16 on (PyTorch chooses other kernels for fewer)."""
+    """And it is compiled once for all numbers of patches from 16 on (PyTorch chooses other kernels for fewer)."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3)]
-    backbones = per_scale(model.Backbone(*layers))
-    for i, backbone in enumerate(backbones.values()):
-        backbone[1].running_mean.fill_(i)
-    net = model.GlimpseNetwork(backbones=backbones, patch_size=32, scales=(1,))
+    net = model.GlimpseNetwork(backbone=model.Backbone(*layers), patch_size=32, scales=(1,))
     sizes = [(17, 1), (16, 2), (30, 10)]  # images and glimpses of each: over PATCHES_PER_PASS in the last
     inputs = [(glimpse.build_pyramid(canvases(B), (1,), 32), torch.rand(B, M, 2) * 2 - 1) for B, M in sizes]
     expected = [(net.context(pyramid), net(pyramid, location)) for pyramid, location in inputs]
@@ -387,8 +373,8 @@ def test_compiled_backbone_equals_the_eager_one(precision: str, tolerance: float
         for value, other in zip(values, others, strict=True):
             assert value.dtype == torch.float32 and (value - other).norm() < tolerance * other.norm()
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 2  # that of the context, and that of the glimpses
-    assert counters["inductor"]["mkldnn_conv_weight_pack_matcher_count"] == 4  # frozen
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["inductor"]["mkldnn_conv_weight_pack_matcher_count"] == 2  # frozen
 
 
 # --- gradients and loss
@@ -459,16 +445,16 @@ def test_parameter_groups_hold_each_trainable_parameter_once(make_model) -> None
 def test_backbone_is_bit_identical_after_training(make_model) -> None:
     """The "frozen" backbone of 2018 stayed in train mode, and its BatchNorm statistics drifted."""
     net = make_model()
-    before = {key: value.clone() for key, value in net.glimpse.backbones.state_dict().items()}
+    before = {key: value.clone() for key, value in net.glimpse.backbone.state_dict().items()}
     optimizer = torch.optim.Adam([parameter for parameter in net.parameters() if parameter.requires_grad], lr=0.1)
     for _ in range(3):
         net.train()
         rollout = net(canvases(3), torch.randn(3, 1, 2, 2), "learned")
         sum(attention_loss(rollout, torch.tensor([0, 1, 2]), "each")).backward()
         optimizer.step()
-    after = net.glimpse.backbones.state_dict()
+    after = net.glimpse.backbone.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert not any(parameter.requires_grad for parameter in net.glimpse.backbones.parameters())
+    assert not any(parameter.requires_grad for parameter in net.glimpse.backbone.parameters())
 
 
 @pytest.mark.parametrize("supervision", model.SUPERVISIONS)

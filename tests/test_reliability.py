@@ -39,7 +39,7 @@ import dataset
 import main
 import pretrain
 import utils
-from model import RecurrentAttention, attention_loss, build_backbone, per_scale
+from model import RecurrentAttention, attention_loss, build_backbone
 
 CLASSIFIER = ["--rnn_hidden", "16", "--k", "1", "--start_size", "2", "--n_glimpses", "2"]
 FILES = {
@@ -275,7 +275,7 @@ def test_each_image_is_predicted_exactly_once() -> None:
 
 def test_evaluation_notices_a_repeated_or_missing_image(make_data, make_model) -> None:
     images = dataset.read_list(make_data(), "test")
-    backbone = pretrain.PretrainNetwork(backbones=per_scale(build_backbone(ARCH)), n_classes=N_CLASSES, patch_size=32)
+    backbone = pretrain.PretrainNetwork(backbone=build_backbone(ARCH), n_classes=N_CLASSES, patch_size=32)
     noise = torch.zeros(9, 1, 2, 2)
     for order, n_repeated in (([0, 1, 2, 3, 4, 5, 6, 7, 7], 1), (range(8), 0)):
         loader = dataset.make_loader(images, order, canvas_size=128, batch_size=4, num_workers=0)

@@ -52,7 +52,7 @@ import dataset
 import main
 import pretrain
 import utils
-from model import HEADS, PretrainNetwork, build_backbone, feature_size, fold_batchnorm, per_scale
+from model import HEADS, PretrainNetwork, build_backbone, feature_size, fold_batchnorm
 
 ROOT = Path(__file__).parent.parent
 
@@ -207,8 +207,10 @@ def test_heads_are_tested_as_they_were_saved(
     run(pretrain, [*pretrain_args, "--epochs", "1"])
     path, list_path = tmp_path / "out" / "pt_glimpse_model.tar", Path(pretrain_args[1]) / "lists" / "test_list.mat"
     checkpoint, names = read(path), [name.item() for name in loadmat(list_path)["file_list"].ravel()]
-    net = PretrainNetwork(backbones=per_scale(build_backbone(ARCH)), n_classes=3, patch_size=32)
-    assert checkpoint["heads"].keys() == net.heads.state_dict().keys()
+    assert (
+        checkpoint["heads"].keys()
+        == PretrainNetwork(backbone=build_backbone(ARCH), n_classes=3, patch_size=32).heads.state_dict().keys()
+    )
     for head, prediction in enumerate((0, 1, 2, 0)):
         checkpoint["heads"][f"{head}.3.bias"] = 1000 * torch.eye(3)[prediction]
     torch.save(checkpoint, path)
@@ -364,13 +366,10 @@ def test_2018_checkpoint_is_accepted(zipped: bool, make_data, tmp_path: Path) ->
 
 def test_backbone_in_the_checkpoint_is_the_pretrained_one(main_args: list[str], save_dir: Path) -> None:
     run(main, [*main_args, *MODEL, "--epochs", "2"])
-    content, after = read(save_dir / "pt_glimpse_model.tar"), read(save_dir / "last.tar")["model_dict"]
-    for scale in "124":
-        backbone = build_backbone(ARCH)
-        of_scale = {name[2:]: value for name, value in content["statistics"].items() if name[0] == scale}
-        backbone.load_state_dict(content["model_dict"] | of_scale)
-        before = fold_batchnorm(backbone).state_dict()
-        assert all(torch.equal(value, after[f"glimpse.backbones.{scale}.{key}"]) for key, value in before.items())
+    backbone = build_backbone(ARCH)
+    backbone.load_state_dict(read(save_dir / "pt_glimpse_model.tar")["model_dict"])
+    before, after = fold_batchnorm(backbone).state_dict(), read(save_dir / "last.tar")["model_dict"]
+    assert all(torch.equal(value, after[f"glimpse.backbone.{key}"]) for key, value in before.items())
 
 
 def test_best_checkpoints_are_of_the_best_epoch(main_args: list[str], pretrain_args: list[str], save_dir: Path) -> None:
@@ -835,7 +834,7 @@ def test_two_processes_pretrain_what_they_validate(pretrain_args: list[str], run
     run_by_two("pretrain", [*pretrain_args, "--epochs", "1"])
     row = read_log(out / "pt_log.csv")[0]
     machine = utils.set_up_machine("cpu", "", "fp32")
-    net = PretrainNetwork(backbones=per_scale(build_backbone(ARCH)), n_classes=3, patch_size=32)
+    net = PretrainNetwork(backbone=build_backbone(ARCH), n_classes=3, patch_size=32)
     net.load_state_dict(read(out / "pt_last.tar")["model_dict"])
     loading = {"canvas_size": 128, "batch_size": 4, "num_workers": 0}
     _, valid = dataset.read_training_lists(Path(pretrain_args[1]), 0.3)
