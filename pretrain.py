@@ -76,6 +76,8 @@ def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> di
     if isinstance(state, dict) and "model_dict" in state:
         utils.load_state(backbone.load_state_dict, state["model_dict"], where)
         return state
+    if isinstance(state, dict) and "state_dict" in state:  # as many other training scripts save it
+        state = state["state_dict"]
     utils.load_state(lambda state: load_resnet_weights(backbone, state), state, where)
     return {}
 

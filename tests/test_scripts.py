@@ -1234,15 +1234,17 @@ def test_weights_of_another_kind_end_with_one_line(pretrain_args: list[str], tmp
     assert not (tmp_path / "out" / "pt_glimpse_model.tar").exists()
 
 
-def test_weights_saved_by_data_parallel_are_accepted(pretrain_args: list[str], tmp_path: Path) -> None:
-    """Each of its keys begins with "module."."""
+def test_weights_saved_by_other_scripts_are_accepted(pretrain_args: list[str], tmp_path: Path) -> None:
+    """Of DataParallel, whose keys begin with "module.", and beside other entries of a checkpoint."""
     resnet, loaded = torchvision.models.get_model(ARCH), []
     of_parallel = {f"module.{key}": value for key, value in resnet.state_dict().items()}
-    for name, state in (("plain.pth", resnet.state_dict()), ("parallel.pth", of_parallel)):
+    entries = {"state_dict": of_parallel, "epoch": 90}
+    for name, state in (("plain", resnet.state_dict()), ("parallel", of_parallel), ("checkpoint", entries)):
         torch.save(state, tmp_path / name)
         run(pretrain, [*pretrain_args, "--weights", str(tmp_path / name), "--epochs", "0", "--overwrite"])
         loaded.append(read(tmp_path / "out" / "pt_glimpse_model.tar")["model_dict"])
-    assert same(*loaded) and torch.equal(loaded[0]["4.0.conv1.weight"], resnet.layer1[0].conv1.weight)
+    assert all(same(loaded[0], other) for other in loaded[1:])
+    assert torch.equal(loaded[0]["4.0.conv1.weight"], resnet.layer1[0].conv1.weight)
 
 
 def test_classifier_is_not_taken_for_a_backbone(main_args: list[str], save_dir: Path) -> None:
