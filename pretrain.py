@@ -181,7 +181,7 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
             seconds = time.perf_counter() - start
             figures = {"train": means, "valid": valid, "lr": lr, "seconds": seconds}
             error = 1 - statistics.fmean(valid[f"accuracy_{name}"] for name in HEADS)
-            is_best = run.save(epoch, round(error, 6), model, optimizer, **figures)  # without it, ties would be broken
+            is_best = run.save(epoch, round(error, 6), model, optimizer, **figures)  # or equal means could differ
             heads = ", ".join(f"{name} {valid['accuracy_' + name]:.2f}" for name in HEADS)
             machine.print(
                 f"{title}: loss {means['loss']:.3f}; valid {heads}, NLL {valid['nll']:.3f}"
