@@ -6,8 +6,8 @@ TOY       = data/toy
 OUT       = $(TOY)/saved_models
 UNTRAINED = $(OUT)/untrained
 GLIMPSES  = --k 1 --start_size 1 --rnn_hidden 256
-PRETRAIN_EPOCHS = 5
-EPOCHS = 4
+PRETRAIN_EPOCHS = 12
+EPOCHS = 6
 TRAIN     = --data_dir $(TOY) --save_dir $(OUT) --batch_size 32 --lr 1e-3 --epochs 10 --overwrite
 
 .PHONY: demo stanford_dogs toy_table test test-slow clean

@@ -81,11 +81,14 @@ def read_rivals(folders: list[Path]) -> list[Rival]:
                 rivals.append(Rival(name, what, cost, figures["accuracy"], figures["interval"], content["images"]))
     if not rivals:
         sys.exit(f"error: no results_*.json or probe_*.json below {', '.join(map(str, folders))}: test or probe first")
-    return sorted(rivals)
+    return sorted(rivals, key=lambda rival: (rival.curve, rival.multiply_adds, rival.detail))
 
 
 def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
-    """A figure of accuracy against multiply-adds per image, one curve for each way to look. Prints its table."""
+    """A figure of accuracy against multiply-adds per image: a curve for each way to look, through its best points.
+
+    Prints its table, which has the single sampled trajectories too: in the figure they would be in the way.
+    """
     curves = defaultdict(list)
     print("| | | billions of multiply-adds per image | accuracy in % | 95 % interval |\n|---|---|---|---|---|")
     for rival in read_rivals(folders):
@@ -94,14 +97,17 @@ def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
         cells = f"{rival.multiply_adds / 1e9:.1f} | {100 * rival.accuracy:.1f} | {low:.1f} to {high:.1f}"
         print(f"| {rival.curve} | {rival.detail} | {cells} |")
     figure, panel = pyplot.subplots(figsize=(7, 5), layout="constrained")
-    for name, rivals in curves.items():
+    curves = {name: rivals for name, rivals in curves.items() if not name.endswith("sampled trajectory")}
+    for i, (name, rivals) in enumerate(curves.items()):
         cost = [rival.multiply_adds / 1e9 for rival in rivals]
         accuracy = [100 * rival.accuracy for rival in rivals]
         around = [
             [100 * abs(r.accuracy - edge) for r, edge in zip(rivals, edges)]
             for edges in zip(*(r.interval for r in rivals))
         ]
-        panel.errorbar(cost, accuracy, list(around), marker="o", capsize=2, label=name)
+        color, best = pyplot.get_cmap("tab20")(i % 20), dict(sorted(zip(cost, accuracy)))
+        panel.errorbar(cost, accuracy, list(around), fmt="o", capsize=2, color=color)
+        panel.plot(best.keys(), best.values(), marker="o", color=color, label=name)
     panel.set(xscale="log", xlabel="billions of multiply-adds per image", ylabel="test accuracy in %")
     panel.xaxis.set_major_formatter("{x:g}")
     panel.xaxis.set_minor_formatter("{x:g}")
