@@ -653,6 +653,7 @@ def load_classifier(save_dir: str | Path, **flags: Any) -> Classifier:
 class Drawing(NamedTuple):
     """An image, where the first trajectory looked in it, and what all of them predicted."""
 
+    file: Path
     canvas: Tensor  # uint8 [3, S, S]
     location: Tensor  # [T, 2]
     boxes: Tensor  # [T, k, 4]
@@ -663,30 +664,32 @@ class Drawing(NamedTuple):
 
 
 def draw_images(
-    images: ImageList, dogs: list[dataset.Dogs], classifier: Classifier, noise: Tensor
-) -> Iterator[Drawing | UserError]:
+    images: ImageList,
+    dogs: list[dataset.Dogs],
+    classifier: Classifier,
+    noise: Tensor,
+    unreadable: list[UserError] | None = None,
+) -> Iterator[Drawing]:
     """Classify images along the trajectories of noise [N, M, T, 2], and draw the first one of each, in order.
 
-    Labels and dogs may be missing, if they are unknown. An image that cannot be read yields its error.
+    Labels and dogs may be missing, if they are unknown. An image that cannot be read is passed over, and its error
+    appended to `unreadable`, or raised if there is no such list.
     """
     size, batch_size = classifier.model.glimpse.canvas_size, classifier.settings.batch_size
     for start in range(0, len(images.files), batch_size):
-        batch: dict[int, Tensor | UserError] = {}
+        canvases = {}
         for i in range(start, min(start + batch_size, len(images.files))):
             try:
-                batch[i] = dataset.load_canvas(images.files[i], size)
+                canvases[i] = dataset.load_canvas(images.files[i], size)
             except UserError as error:
-                batch[i] = error
-        readable = [i for i, canvas in batch.items() if isinstance(canvas, Tensor)]
-        drawings = {}
-        if readable:
-            canvases = torch.stack([batch[i] for i in readable])
-            rollout = classifier.look(canvases, noise[readable])
-            for j, i in enumerate(readable):
-                boxes = dataset.boxes_on_canvas(dogs[i]) if dogs else torch.empty(0, 4)
-                of_one = Rollout(*(value[j] for value in rollout))
-                drawings[i] = draw_one(images, i, boxes, canvases[j], of_one, classifier)
-        yield from (drawings.get(i, canvas) for i, canvas in batch.items())
+                if unreadable is None:
+                    raise
+                unreadable.append(error)
+        if canvases:
+            rollout = classifier.look(torch.stack(list(canvases.values())), noise[list(canvases)])
+        for j, (i, canvas) in enumerate(canvases.items()):
+            boxes = dataset.boxes_on_canvas(dogs[i]) if dogs else torch.empty(0, 4)
+            yield draw_one(images, i, boxes, canvas, Rollout(*(value[j] for value in rollout)), classifier)
 
 
 def draw_one(
@@ -710,7 +713,7 @@ def draw_one(
     attention = rollout.attention[0] if policy == "learned" else None
     panel = draw_panel(canvas, location, attention, glimpse.scales, glimpse.patch_size, title, predictions, dogs)
     boxes = patch_boxes(location, glimpse.scales, glimpse.patch_size)
-    return Drawing(canvas, location, boxes, probabilities[:, -1], caption, correct, panel)
+    return Drawing(images.files[i], canvas, location, boxes, probabilities[:, -1], caption, correct, panel)
 
 
 def fixed_choice(n_images: int, n_chosen: int, seed: int) -> list[int]:
@@ -738,8 +741,6 @@ def view_glimpses(settings: Settings, machine: Machine, checkpoint: dict[str, An
     paths, on_sheet = [settings.imgs_dir / f"glimpse_{i}.jpg" for i in range(n_images)], []
     bar = tqdm(drawings, "view_glimpses", n_images, unit=" images", leave=False, disable=None)
     for path, drawing in zip(paths, bar):
-        if isinstance(drawing, UserError):
-            raise drawing
         save_image(path, drawing.panel)
         if len(on_sheet) < N_ON_SHEET:
             caption = drawing.caption.replace(", true", "\ntrue")
@@ -760,12 +761,10 @@ def predict(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) ->
     An image that cannot be read is named and passed over. Raises UserError at the end if there were any.
     """
     files, classifier = dataset.find_images(settings.images), Classifier.of(settings, machine, checkpoint)
-    images, names, rows = ImageList(files, [], classifier.class_names), classifier.class_names, []
-    drawings = draw_images(images, [], classifier, classifier.noise().expand(len(files), -1, -1, -1))
-    for file, drawing in zip(files, tqdm(drawings, "predict", len(files), unit=" images", leave=False, disable=None)):
-        if isinstance(drawing, UserError):
-            machine.print(f"passed over: {drawing}")
-            continue
+    images, names, rows, unreadable = ImageList(files, [], classifier.class_names), classifier.class_names, [], []
+    drawings = draw_images(images, [], classifier, classifier.noise().expand(len(files), -1, -1, -1), unreadable)
+    for drawing in tqdm(drawings, "predict", len(files), unit=" images", leave=False, disable=None):
+        file = drawing.file
         estimate, probabilities = classifier.best_estimate(drawing.probabilities.unsqueeze(0))
         best = most_probable(probabilities.flatten(), names)
         # A hash tells apart images of the same name.
@@ -780,8 +779,10 @@ def predict(settings: Settings, machine: Machine, checkpoint: dict[str, Any]) ->
     if rows:
         utils.write_table(table, ["file", *header], rows)
         machine.print(f"predictions for {utils.count(len(rows), 'image')} in {table}")
-    if len(rows) < len(files):
-        raise UserError(f"{len(files) - len(rows)} of {len(files)} images could not be read and were passed over")
+    for error in unreadable:
+        machine.print(f"passed over: {error}")
+    if unreadable:
+        raise UserError(f"{len(unreadable)} of {len(files)} images could not be read and were passed over")
 
 
 def read_valid_settings(given: dict[str, Any]) -> tuple[Settings, dict[str, Any] | None]:
