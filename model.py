@@ -206,9 +206,8 @@ class BaselineNetwork(nn.Module):
         super().__init__()
         self.linear = nn.Linear(n_features + rnn_hidden, 1)
 
-    def forward(self, context: Tensor, hidden: Tensor) -> Tensor:
-        """Context [B, D, 2, 2] and hidden state [B, M, H] -> [B, M]."""
-        pooled = context.mean((2, 3)).unsqueeze(1).expand(-1, hidden.shape[1], -1)  # [B, M, D]
+    def forward(self, pooled: Tensor, hidden: Tensor) -> Tensor:
+        """Context averaged over its quadrants [B, M, D] and hidden state [B, M, H] -> [B, M]."""
         return torch.sigmoid(self.linear(torch.cat([pooled, hidden], dim=-1)).squeeze(-1).float())
 
 
@@ -281,16 +280,17 @@ class RecurrentAttention(nn.Module):
         B, M = noise.shape[:2]
         pyramid = build_pyramid(canvas, self.glimpse.scales, self.glimpse.patch_size)
         V = self.glimpse.context(pyramid)  # [B, D, 2, 2]
+        pooled = V.mean((2, 3)).unsqueeze(1).expand(-1, M, -1)  # [B, M, D]
         h_t = c_t = V.new_zeros(B * M, self.rnn.hidden_size)
         steps = []
         for t in range(self.n_glimpses):
             state = h_t.detach().view(B, M, -1)
-            b_t = self.baseline(V, state)  # [B, M]
+            b_t = self.baseline(pooled, state)  # [B, M]
             a_t = self.locate(V, state, t)  # [B, M, 4]
             l_t, log_pi = self.sample_location(a_t, noise[:, :, t], policy, t)  # [B, M, 2], [B, M]
             g_t = self.glimpse(pyramid, l_t)  # [B, M, k D]
             if self.classify_context:
-                g_t = torch.cat([g_t, V.mean((2, 3)).unsqueeze(1).expand(-1, M, -1)], dim=-1)  # [B, M, (k + 1) D]
+                g_t = torch.cat([g_t, pooled], dim=-1)  # [B, M, (k + 1) D]
             h_t, c_t = self.rnn(g_t.flatten(0, 1), (h_t, c_t))  # [B M, H]
             z_t = self.classify(h_t).float().view(B, M, -1)  # [B, M, C]
             steps.append((z_t, l_t, a_t.detach(), log_pi, b_t))

@@ -402,7 +402,7 @@ def test_baseline_is_alive_at_the_first_glimpse(seed: int, make_model) -> None:
     """With one glimpse, the 2018 baseline was ReLU(bias), dead for half of all initializations."""
     torch.manual_seed(seed)
     net = model.BaselineNetwork(n_features=8, rnn_hidden=4)
-    expected = net(torch.rand(3, 8, 2, 2), torch.zeros(3, 1, 4))
+    expected = net(torch.rand(3, 1, 8), torch.zeros(3, 1, 4))
     assert expected.shape == (3, 1) and ((expected > 0) & (expected < 1)).all()
     assert expected.unique().numel() == 3  # it distinguishes images although the hidden state is zero
     (expected - 1).square().mean().backward()
