@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 import dataset
 import utils
 from glimpse import STARTS, canvas_size, normalize
-from model import ARCHITECTURES, HEADS, PretrainNetwork, build_backbone, load_resnet_weights
+from model import ARCHITECTURES, HEADS, PretrainNetwork, build_backbone, feature_size, load_resnet_weights
 from utils import Machine, UserError, network_setting, setting
 
 FILES = ("pt_glimpse_model.tar", "pt_last.tar", "pt_log.csv")
@@ -133,6 +133,16 @@ def evaluate(net: nn.Module, loader: DataLoader, machine: Machine, title: str) -
     return {name: value.item() for name, value in means.items()}
 
 
+def mean_error(figures: dict[str, float]) -> float:
+    """Mean error of the heads, by which an epoch is judged.
+
+    Not their NLL, which also measures how well they are calibrated: they are not used afterwards. All heads count,
+    since the accuracy of one on a few hundred validation images says little about one epoch or the next.
+    """
+    error = 1 - statistics.fmean(figures[f"accuracy_{name}"] for name in HEADS)
+    return round(error, 6)  # or equal means could differ in their last bit
+
+
 def refuse_single_images(n_images: int, settings: Settings, machine: Machine) -> None:
     """Raise UserError if some GPU would have one image of this process's batch of n, too few for BatchNorm."""
     if min(map(len, torch.arange(n_images).chunk(max(1, len(machine.gpus))))) < 2:
@@ -142,11 +152,7 @@ def refuse_single_images(n_images: int, settings: Settings, machine: Machine) ->
 
 
 def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> None:
-    """Fine-tune the backbone and keep it at its best, the epoch with the highest mean accuracy of its heads.
-
-    Not with the lowest NLL, which also measures how well the heads are calibrated: they are not used afterwards. All
-    heads count, since the accuracy of one on a few hundred validation images says little about one epoch or the next.
-    """
+    """Fine-tune the backbone and keep it at its best, the epoch with the lowest `mean_error` on validation."""
     run = utils.Run(settings, machine, FILES, "mean error of the heads", last)
     checking = machine.checking(settings)
     train_list, valid_list, data = dataset.read_training_data(settings.data_dir, settings.valid_size, **checking)
@@ -180,8 +186,7 @@ def train(settings: Settings, machine: Machine, last: dict[str, Any] | None) -> 
             valid = evaluate(net, valid_loader, machine, "validation")
             seconds = time.perf_counter() - start
             figures = {"train": means, "valid": valid, "lr": lr, "seconds": seconds}
-            error = 1 - statistics.fmean(valid[f"accuracy_{name}"] for name in HEADS)
-            is_best = run.save(epoch, round(error, 6), model, optimizer, **figures)  # or equal means could differ
+            is_best = run.save(epoch, mean_error(valid), model, optimizer, **figures)
             heads = ", ".join(f"{name} {valid['accuracy_' + name]:.2f}" for name in HEADS)
             machine.print(
                 f"{title}: loss {means['loss']:.3f}; valid {heads}, NLL {valid['nll']:.3f}"
@@ -194,11 +199,10 @@ def multiply_adds(settings: Settings, n_classes: int) -> dict[str, int]:
     """Multiplications, each with an addition, by which each head classifies one image, its features included."""
     with torch.device("meta"):
         model, side = build_model(settings, n_classes).eval(), settings.patch_size
-        patch, cost = torch.empty(1, 3, side, side), {}
-        of_pass, features = utils.multiply_adds(lambda: model.backbone(patch)), model.backbone(patch).mean((2, 3))
+        of_pass, cost = utils.multiply_adds(lambda: model.backbone(torch.empty(1, 3, side, side))), {}
         for head, (name, levels) in zip(model.heads, HEADS.items()):
-            classify = functools.partial(head, features.repeat(1, len(levels)))
-            cost[name] = len(levels) * of_pass + utils.multiply_adds(classify)
+            features = torch.empty(1, len(levels) * feature_size(model.backbone))
+            cost[name] = len(levels) * of_pass + utils.multiply_adds(functools.partial(head, features))
     return cost
 
 
