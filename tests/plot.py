@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LOGS = {"pt_log.csv": "pre-training", "log.csv": "classifier"}  # as pretrain.py and main.py name them
-HEADS = ("12", "13", "23", "123")  # of pre-training
 PANELS = {  # columns of both logs; the accuracy of pre-training is that of head 123
     "training loss": ("train_loss",),
     "validation NLL": ("valid_nll",),
@@ -74,9 +73,10 @@ def read_rivals(folders: list[Path]) -> list[Rival]:
             detail += f", {settings['n_glimpses']} glimpses" if settings["n_glimpses"] > 1 else ""
             detail += ", {arch} at {patch_size} pixels".format(**content["backbone"])
         for subject, of_subject in content["figures"].items():
-            for estimate, figures in of_subject.items() if subject.split()[0] in ("probe", "heads", "policy") else ():
-                name = curve if estimate in ("deterministic", "linear probe", *HEADS) else f"{curve}, {estimate}"
-                what = f"head {estimate}, {detail}" if estimate in HEADS else detail
+            kind = subject.split()[0]
+            for estimate, figures in of_subject.items() if kind in ("probe", "heads", "policy") else ():
+                name = f"{curve}, {estimate}" if kind == "policy" and estimate != "deterministic" else curve
+                what = f"head {estimate}, {detail}" if kind == "heads" else detail
                 cost = content["multiply_adds"][estimate]
                 rivals.append(Rival(name, what, cost, figures["accuracy"], figures["interval"], content["images"]))
     if not rivals:
