@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from glimpse import FULL_SCALE, STARTS, build_pyramid, canvas_size, extract_patches, normalize, patch_scales
 
 ARCHITECTURES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-HEADS = {"12": (0, 1), "13": (0, 2), "23": (1, 2), "123": (0, 1, 2)}  # resolution levels (indices into STARTS) per head
+HEADS = {"12": [0, 1], "13": [0, 2], "23": [1, 2], "123": [0, 1, 2]}  # resolution levels (indices into STARTS) per head
 POLICIES = ("learned", "center", "random", "grid", "oracle")
 GRID = ((-0.5, -0.5), (0.5, -0.5), (-0.5, 0.5), (0.5, 0.5))  # centres of the quadrants, in the order of attention
 SUPERVISIONS = ("each", "last")
@@ -106,9 +106,10 @@ class PretrainNetwork(nn.Module):
         pyramid = build_pyramid(canvas, STARTS, self.patch_size)
         center = torch.zeros(len(canvas), 1, 2, device=canvas.device)
         patches = normalize(extract_patches(pyramid, center, STARTS, self.patch_size))  # [B, 1, 3, 3, P, P]
-        # One pass per level, so that BatchNorm does not mix the statistics of close-ups and whole images.
-        features = [self.backbone(patches[:, 0, i]).mean((2, 3)) for i in range(len(STARTS))]  # 3 x [B, D]
-        logits = [head(torch.cat([features[i] for i in levels], 1)) for head, levels in zip(self.heads, HEADS.values())]
+        # One pass over all levels. With one for each, as in 2018, training would normalize every level by statistics of
+        # its own, but evaluation, and main.py, by running statistics of their mixture, which fit none of them.
+        features = self.backbone(patches.flatten(0, 2)).mean((2, 3)).unflatten(0, (-1, len(STARTS)))  # [B, 3, D]
+        logits = [head(features[:, levels].flatten(1)) for head, levels in zip(self.heads, HEADS.values())]
         return torch.stack(logits, dim=1).float()
 
 

@@ -195,12 +195,12 @@ def make_step(
         pretrain.place(model, machine)
         optimizer = utils.make_optimizer(model.parameters())
         net = utils.wrap(model, machine)
-        patches = [random_patches(setting, batch_size) for _ in STARTS]
+        patches = random_patches(setting, batch_size * len(STARTS))
         bare = utils.MixedPrecision(backbone, machine)
 
         def train_passes() -> None:
             backbone.zero_grad()
-            sum(bare(some).float().mean() for some in patches).backward()
+            bare(patches).float().mean().backward()
 
         return lambda: pretrain.train_one_epoch(net, loader, optimizer, machine, job), train_passes
 

@@ -136,13 +136,19 @@ def test_pretraining_heads_read_their_resolution_levels() -> None:
         assert torch.nn.functional.cosine_similarity(features, torch.cat(levels[::-1], dim=1)).max() < 0.99
 
 
-def test_each_resolution_level_has_its_own_batch_statistics() -> None:
-    """The backbone runs three times in training: one pass over all patches would mix their statistics."""
+def test_pretraining_and_evaluation_normalize_alike() -> None:
+    """A pass for each level, as in 2018, trains with statistics of one level and evaluates with those of a mixture."""
     net = PretrainNetwork(backbone=build_backbone("resnet18"), n_classes=N_CLASSES, patch_size=32)
-    sizes = []
-    net.backbone.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
-    net(canvases(4))
-    assert sizes == [4, 4, 4]
+    features = []
+    net.backbone.register_forward_hook(lambda module, inputs, output: features.append(output.mean((2, 3))))
+    canvas = canvases(8)
+    with torch.no_grad():
+        for _ in range(60):  # until the running statistics are those of this batch
+            net(canvas)
+        net.eval()(canvas)
+    *_, in_training, in_evaluation = features
+    error = (in_training - in_evaluation).norm() / in_training.norm()
+    assert in_training.shape == in_evaluation.shape == (24, 512) and error < 0.1, error
 
 
 # --- location
