@@ -200,8 +200,7 @@ def draw_panel(
     n_glimpses, k = patches.shape[:2]
     predictions = [f"after glimpse {t + 1}: {prediction}" for t, prediction in enumerate(predictions)]
 
-    tile = patch_size * max(1, round(192 / patch_size))  # an integer factor, so that each pixel becomes a square
-    gap, line = 8, 22
+    gap, line, tile = 8, 22, patch_size * max(1, round(192 / patch_size))  # an integer factor: pixels become squares
     font, (caption, *predictions) = choose_font(14, caption, *predictions)
     row = line + tile + line + gap
     side = max(canvas.shape[-1], 2 * tile, n_glimpses * row - gap)
