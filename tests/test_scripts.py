@@ -194,7 +194,7 @@ def test_both_scripts_learn_what_can_be_learned(make_data, save_dir: Path) -> No
         for file in folder.iterdir():
             Image.new("RGB", (64, 64), color).save(file)
     shared = ["--data_dir", str(data_dir), "--save_dir", str(save_dir), *SMALL, "--lr", "0.001"]
-    run(pretrain, [*shared, *BACKBONE, "--epochs", "3", "--overwrite"])
+    run(pretrain, [*shared, *BACKBONE, "--epochs", "8", "--overwrite"])
     assert read(save_dir / "pt_glimpse_model.tar")["metrics"]["valid_accuracy_123"] > 0.9
     run(main, [*shared, "--rnn_hidden", "16", "--k", "1", "--start_size", "2", "--epochs", "16"])
     assert read(save_dir / "saved_model.tar")["metrics"]["valid_accuracy"] > 0.9
