@@ -201,9 +201,10 @@ class Dogs(NamedTuple):
     size: tuple[int, int]  # width and height in pixels of the upright image
 
 
-def read_annotation(path: Path) -> Tensor:
+def read_annotation(path: Path, size: tuple[int, int]) -> Tensor:
     """Boxes of the dogs in one image, [n, 4] as fractions of the stored image, from an annotation in PASCAL VOC XML.
 
+    size: width and height of the image in pixels, for annotations that do not say what size they refer to.
     Raises UserError if it cannot be read.
     """
     try:
@@ -211,9 +212,9 @@ def read_annotation(path: Path) -> Tensor:
         if "<!DOCTYPE" in text:  # without which there are no entities, whose expansion could fill the memory
             raise ValueError("it has a DOCTYPE")
         root = ElementTree.fromstring(text)
-        size = [float(root.findtext(f"size/{name}")) for name in ("width", "height")]
+        scale = [float(root.findtext(f"size/{name}", value)) for name, value in zip(("width", "height"), size)]
         boxes = [[float(box.findtext(edge)) for edge in BOX_EDGES] for box in root.iterfind("object/bndbox")]
-        fractions = torch.tensor(boxes).view(-1, 4) / torch.tensor(size * 2)
+        fractions = torch.tensor(boxes).view(-1, 4) / torch.tensor(scale * 2)
         if not fractions.isfinite().all():
             raise ValueError("its boxes are not numbers, or its size is 0")
         return fractions
@@ -224,17 +225,18 @@ def read_annotation(path: Path) -> Tensor:
 def read_dogs(images: ImageList) -> list[Dogs]:
     """The dogs in each image, by its annotation; none where that is missing.
 
-    The annotation of Images/<breed>/<name>.jpg is Annotation/<breed>/<name>, as in Stanford Dogs; images elsewhere have
-    none. Raises UserError for an annotation or an annotated image that cannot be read.
+    The annotation of Images/<breed>/<name>.jpg is Annotation/<breed>/<name>, as in Stanford Dogs, and that of an image
+    in train/, val/ or test/ likewise; images elsewhere have none. Raises UserError for an annotation or an annotated
+    image that cannot be read.
     """
     dogs = []
     for file in images.files:
         breed, folder = file.parents[:2]
         path, boxes, size = folder.parent / "Annotation" / breed.name / file.stem, torch.empty(0, 4), (1, 1)
-        if folder.name.lower() == "images" and os.path.isfile(path):
-            boxes = read_annotation(path)
+        if folder.name.lower() in ("images", "train", "val", "test") and os.path.isfile(path):
             with open_image(file) as image:  # which decodes nothing of a JPEG
                 size, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
+            boxes = read_annotation(path, size)
             # Annotations are of the image as stored, the canvas is of the upright one.
             x, y = boxes[:, [0, 2]], boxes[:, [1, 3]]
             if orientation >= 5:

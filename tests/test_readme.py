@@ -14,7 +14,7 @@ import main
 import pretrain
 import utils
 from data import stanford_dogs, toy_dogs
-from dataset import read_image, read_list
+from dataset import read_dogs, read_image, read_list
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -108,21 +108,27 @@ def test_defaults_that_differ_from_2018_are_those_of_the_flags() -> None:
 
 def test_birds_are_linked_into_folders_of_classes(tmp_path: Path) -> None:
     """CUB-200-2011, on two classes in its layout."""
-    rows, split = [], []
+    rows, split, boxes = [], [], []
     for name in ("001.Black_footed_Albatross", "002.Laysan_Albatross"):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(4):
             draw_image(np.random.default_rng(i), 30, 20).save(tmp_path / "images" / name / f"{i}.jpg")
             rows.append(f"{len(rows) + 1} {name}/{i}.jpg")
             split.append(f"{len(rows)} {int(i < 3)}")
+            boxes.append(f"{len(rows)} {i + 6}.0 2.0 12.0 10.0")  # left, top, width, height
     (tmp_path / "images.txt").write_text("\n".join(rows) + "\n")
     (tmp_path / "train_test_split.txt").write_text("\n".join(split) + "\n")
+    (tmp_path / "bounding_boxes.txt").write_text("\n".join(boxes) + "\n")
     for _ in range(2):  # again does no harm
         subprocess.run(["sh", ROOT / "data" / "link_birds.sh", tmp_path], check=True)
     for part, n_images in (("train", 6), ("test", 2)):
         images = read_list(tmp_path, part)
         assert images.class_names == ["Black footed Albatross", "Laysan Albatross"]
         assert len(images.files) == n_images and read_image(images.files[0], 20).size == (30, 20)
+        for file, birds in zip(images.files, read_dogs(images)):
+            left = int(file.stem) + 6
+            expected = [left / 30, 2 / 20, (left + 12) / 30, 12 / 20]
+            assert birds.size == (30, 20) and birds.boxes.squeeze(0).tolist() == pytest.approx(expected)
 
 
 def test_links_and_images_are_there() -> None:

@@ -35,7 +35,7 @@ def read_boxes(root: Path) -> dict[str, tuple[float, ...]]:
     boxes = {}
     for path in (root / "Annotation").rglob("n*_*"):
         if path.is_file():
-            [box] = read_annotation(path).tolist()
+            [box] = read_annotation(path, (1, 1)).tolist()  # which says its size itself
             boxes[f"{path.relative_to(root / 'Annotation').as_posix()}.jpg"] = tuple(box)
     return boxes
 
