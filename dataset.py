@@ -10,6 +10,7 @@ Layouts of DATA_DIR, the first that fits; folder names may be in any case, hidde
 
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 import random
@@ -41,6 +42,12 @@ HOW_TO_GET_DATA = (
     ": fetch Stanford Dogs with `python data/stanford_dogs.py`, draw a small synthetic set with "
     "`python data/toy_dogs.py`, or give --data_dir"
 )
+PARTS = {  # names of the folders of each part, in any case
+    "train": ("train", "training"),
+    "valid": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+IMAGE_FOLDERS = ("images", *itertools.chain(*PARTS.values()))  # whose folders of classes may have boxes
 BOX_EDGES = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -103,18 +110,17 @@ def read_list(data_dir: str | Path, part: str) -> ImageList:
     if {"images", "lists"} <= folders.keys():
         rule = f"as in {folders['lists']}"
         return read_official_list(folders["images"], folders["lists"], part, rule) if part != "valid" else NO_IMAGES
-    if "train" not in folders and "test" in folders:
-        raise UserError(f"--data_dir: {data_dir} has a folder test, but no folder train")
-    if "train" in folders:
-        test, valid = folders.get("test"), folders.get("val") or folders.get("valid") or folders.get("validation")
-        if not test:
-            test, valid = valid, None
-        used = {"train": folders["train"], "validate": valid, "test": test}
-        rule = ", ".join(f"{folder.name}/ to {use}" for use, folder in used.items() if folder)
-        where = {"train": folders["train"], "valid": valid, "test": test}[part]
-        if part == "test" and not where:
+    parts = {part: next((folders[name] for name in names if name in folders), None) for part, names in PARTS.items()}
+    if not parts["train"] and parts["test"]:
+        raise UserError(f"--data_dir: {data_dir} has a folder {parts['test'].name}, but no folder train")
+    if parts["train"]:
+        if not parts["test"]:
+            parts["test"], parts["valid"] = parts["valid"], None
+        uses = zip(parts.values(), ("train", "validate", "test"))
+        rule = ", ".join(f"{folder.name}/ to {use}" for folder, use in uses if folder)
+        if part == "test" and not parts["test"]:
             raise UserError(f"--data_dir: {data_dir} has no folder test (or val) beside train")
-        return read_class_folders(where, rule, folders["train"]) if where else NO_IMAGES
+        return read_class_folders(parts[part], rule, parts["train"]) if parts[part] else NO_IMAGES
     if part == "valid":
         return NO_IMAGES
     folder = folders.get("images", data_dir)
@@ -225,15 +231,15 @@ def read_annotation(path: Path, size: tuple[int, int]) -> Tensor:
 def read_dogs(images: ImageList) -> list[Dogs]:
     """The dogs in each image, by its annotation; none where that is missing.
 
-    The annotation of Images/<breed>/<name>.jpg is Annotation/<breed>/<name>, as in Stanford Dogs, and that of an image
-    in train/, val/ or test/ likewise; images elsewhere have none. Raises UserError for an annotation or an annotated
-    image that cannot be read.
+    The annotation of Images/<breed>/<name>.jpg is Annotation/<breed>/<name>, as in Stanford Dogs, and so for the other
+    `IMAGE_FOLDERS`; images elsewhere have none. Raises UserError for an annotation or an annotated image that cannot be
+    read.
     """
     dogs = []
     for file in images.files:
         breed, folder = file.parents[:2]
         path, boxes, size = folder.parent / "Annotation" / breed.name / file.stem, torch.empty(0, 4), (1, 1)
-        if folder.name.lower() in ("images", "train", "val", "test") and os.path.isfile(path):
+        if folder.name.lower() in IMAGE_FOLDERS and os.path.isfile(path):
             with open_image(file) as image:  # which decodes nothing of a JPEG
                 size, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
             boxes = read_annotation(path, size)

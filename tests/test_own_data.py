@@ -59,7 +59,7 @@ def trained(trained_once: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "folders", [("TRAIN", "Val", "Test"), ("train", "val"), ("Train", "TEST"), ("IMAGES",), (".",)]
+    "folders", [("TRAIN", "Val", "Test"), ("Training", "validation"), ("Train", "TEST"), ("IMAGES",), (".",)]
 )
 def test_every_layout_is_trained_and_tested(
     folders: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture
