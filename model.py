@@ -205,6 +205,7 @@ class BaselineNetwork(nn.Module):
 
     def __init__(self, *, n_features: int, rnn_hidden: int) -> None:
         super().__init__()
+        self.n_features = n_features
         self.linear = nn.Linear(n_features + rnn_hidden, 1)
 
     def forward(self, pooled: Tensor, hidden: Tensor) -> Tensor:
@@ -276,11 +277,15 @@ class RecurrentAttention(nn.Module):
         canvas: uint8 [B, 3, S, S]. noise: standard normal [B, M, T, 2], supplied by the caller; zeros give the
         deterministic trajectory. policy: "learned", "center" (always the image centre), "random" (uniform over the
         image, computed from the noise), "grid" (the centres of the quadrants in turn) or "oracle" (at the dog: the
-        noise is the location). All trajectories of an image share its pyramid and its context features.
+        noise is the location). All trajectories of an image share its pyramid and its context features, which are zeros
+        for the policies that do without, unless the context is classified.
         """
         B, M = noise.shape[:2]
         pyramid = build_pyramid(canvas, self.glimpse.scales, self.glimpse.patch_size)
-        V = self.glimpse.context(pyramid)  # [B, D, 2, 2]
+        if policy == "learned" or self.classify_context:
+            V = self.glimpse.context(pyramid)  # [B, D, 2, 2]
+        else:  # a policy that looks at no context does not pay for one
+            V = torch.zeros(B, self.baseline.n_features, 2, 2, device=canvas.device)
         pooled = V.mean((2, 3)).unsqueeze(1).expand(-1, M, -1)  # [B, M, D]
         h_t = c_t = V.new_zeros(B * M, self.rnn.hidden_size)
         steps = []

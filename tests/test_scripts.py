@@ -1,6 +1,7 @@
 """pretrain.py and main.py as a user runs them, on a few small images."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -933,7 +934,13 @@ def test_operations_are_those_of_the_layers() -> None:
     once, many = (main.multiply_adds(settings, backbone, 120, n) for n in (1, 7))
     lstm, classifier, baseline = 4 * 16 * (512 + 16), 16 * 120, 512 + 16
     of_glimpse = convolutions + lstm + classifier + baseline
-    assert once == convolutions + 4 * 512 + of_glimpse and many == once + 6 * of_glimpse
+    attention = 4 * 512
+    assert once == convolutions + attention + of_glimpse and many == once + 6 * of_glimpse
+    for policy in ("center", "random", "grid", "oracle"):  # which need no context, unless it is classified
+        fixed = dataclasses.replace(settings, policy=policy)
+        assert main.multiply_adds(fixed, backbone, 120, 1) == attention + of_glimpse
+        fixed = dataclasses.replace(fixed, classify_context=True)
+        assert main.multiply_adds(fixed, backbone, 120, 1) == once + 4 * 16 * 512
 
 
 def test_gaze_is_at_the_nearest_of_several_dogs(make_model) -> None:
