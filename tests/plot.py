@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LOGS = {"pt_log.csv": "pre-training", "log.csv": "classifier"}  # as pretrain.py and main.py name them
+MARKERS = "osD^v<>P*X"  # of the curves, which color alone does not tell apart for everyone
 PANELS = {  # columns of both logs; the accuracy of pre-training is that of head 123
     "training loss": ("train_loss",),
     "validation NLL": ("valid_nll",),
@@ -27,6 +28,7 @@ class Rival(NamedTuple):
     """One way to classify the test images."""
 
     curve: str
+    label: str  # of its point
     detail: str
     multiply_adds: int  # per image
     accuracy: float
@@ -64,11 +66,14 @@ def read_rivals(folders: list[Path]) -> list[Rival]:
         settings = content["settings"]
         if path.name.startswith("probe_"):
             curve = f"linear probe, weights {Path(settings['weights']).stem}"
+            label = f"{settings['patch_size']} px"
             detail = f"whole image, {settings['arch']} at {settings['patch_size']} pixels"
         elif path.name.startswith("pt_"):
-            curve, detail = "pre-training's heads", f"{settings['arch']} at {settings['patch_size']} pixels"
+            curve, detail = "heads of pre-training", f"{settings['arch']} at {settings['patch_size']} pixels"
         else:
             curve = settings["policy"] + (", context classified" if settings["classify_context"] else "")
+            label = f"({settings['k']}, {settings['start_size']})"
+            label += f" x {settings['n_glimpses']}" if settings["n_glimpses"] > 1 else ""
             detail = f"k {settings['k']}, start_size {settings['start_size']}"
             detail += f", {settings['n_glimpses']} glimpses" if settings["n_glimpses"] > 1 else ""
             detail += ", {arch} at {patch_size} pixels".format(**content["backbone"])
@@ -76,9 +81,12 @@ def read_rivals(folders: list[Path]) -> list[Rival]:
             kind = subject.split()[0]
             for estimate, figures in of_subject.items() if kind in ("probe", "heads", "policy") else ():
                 name = f"{curve}, {estimate}" if kind == "policy" and estimate != "deterministic" else curve
-                what = f"head {estimate}, {detail}" if kind == "heads" else detail
-                cost = content["multiply_adds"][estimate]
-                rivals.append(Rival(name, what, cost, figures["accuracy"], figures["interval"], content["images"]))
+                if kind == "heads":
+                    label, what = estimate, f"head {estimate}, {detail}"
+                else:
+                    what = detail
+                cost, accuracy = content["multiply_adds"][estimate], figures["accuracy"]
+                rivals.append(Rival(name, label, what, cost, accuracy, figures["interval"], content["images"]))
     if not rivals:
         sys.exit(f"error: no results_*.json or probe_*.json below {', '.join(map(str, folders))}: test or probe first")
     return sorted(rivals, key=lambda rival: (rival.curve, rival.multiply_adds, rival.detail))
@@ -99,18 +107,25 @@ def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
     figure, panel = pyplot.subplots(figsize=(7, 5), layout="constrained")
     curves = {name: rivals for name, rivals in curves.items() if not name.endswith("sampled trajectory")}
     for i, (name, rivals) in enumerate(curves.items()):
-        cost = [rival.multiply_adds / 1e9 for rival in rivals]
+        aside = 1.018 ** (i - len(curves) / 2)  # or points of the same cost would hide one another
+        cost = [aside * rival.multiply_adds / 1e9 for rival in rivals]
         accuracy = [100 * rival.accuracy for rival in rivals]
         around = [
             [100 * abs(r.accuracy - edge) for r, edge in zip(rivals, edges)]
             for edges in zip(*(r.interval for r in rivals))
         ]
-        color, best = pyplot.get_cmap("tab20")(i % 20), dict(sorted(zip(cost, accuracy)))
-        panel.errorbar(cost, accuracy, list(around), fmt="o", capsize=2, color=color)
-        panel.plot(best.keys(), best.values(), marker="o", color=color, label=name)
-    panel.set(xscale="log", xlabel="billions of multiply-adds per image", ylabel="test accuracy in %")
+        color, best = pyplot.get_cmap("tab10")(i % 10), dict(sorted(zip(cost, accuracy)))
+        panel.errorbar(cost, accuracy, list(around), fmt="none", elinewidth=0.7, capsize=2, color=color)
+        panel.plot(best.keys(), best.values(), linewidth=1, color=color)
+        panel.plot(cost, accuracy, MARKERS[i % len(MARKERS)], color=color, label=name)
+        for rival, *place in zip(rivals, cost, accuracy):
+            style = {"textcoords": "offset points", "fontsize": "xx-small", "ha": "right" if i % 2 else "left"}
+            panel.annotate(rival.label, place, (-4 if i % 2 else 4, 3), **style)
+    cost_label = "billions of multiply-adds per image (points of equal cost side by side)"
+    panel.set(xscale="log", xlabel=cost_label, ylabel="test accuracy in % (bars: 95 % intervals)")
     panel.xaxis.set_major_formatter("{x:g}")
     panel.xaxis.set_minor_formatter("{x:g}")
+    panel.tick_params(which="both", labelsize="small", length=4, pad=4)
     panel.grid(alpha=0.3, which="both")
     panel.legend(fontsize="small")
     return figure

@@ -84,18 +84,20 @@ def test_rivals_are_drawn_from_what_tests_and_probes_wrote(tmp_path: Path, capsy
     assert capsys.readouterr().out.splitlines()[2:-1] == [
         "| grid, context classified | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 1.0 | 40.0 "
         "| 30.0 to 60.0 |",
+        "| heads of pre-training | head 23, resnet50 at 96 pixels | 2.0 | 20.0 | 10.0 to 40.0 |",
         "| learned | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 3.0 | 50.0 | 40.0 to 70.0 |",
         "| learned | k 2, start_size 2, 2 glimpses, resnet18 at 32 pixels | 3.0 | 50.0 | 40.0 to 70.0 |",
         "| learned, average of 7 | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 9.0 | 60.0 | 50.0 to 80.0 |",
         "| learned, average of 7 | k 2, start_size 2, 2 glimpses, resnet18 at 32 pixels | 9.0 | 60.0 | 50.0 to 80.0 |",
         "| linear probe, weights b | whole image, resnet50 at 96 pixels | 1.0 | 30.0 | 20.0 to 50.0 |",
-        "| pre-training's heads | head 23, resnet50 at 96 pixels | 2.0 | 20.0 | 10.0 to 40.0 |",
     ]
     [panel] = pyplot.gcf().axes
     assert [text.get_text() for text in panel.get_legend().get_texts()] == [
-        *("grid, context classified", "learned", "learned, average of 7", "linear probe, weights b"),
-        "pre-training's heads",
+        *("grid, context classified", "heads of pre-training"),
+        *("learned", "learned, average of 7", "linear probe, weights b"),
     ]
+    labels = [text.get_text() for text in panel.texts]
+    assert labels == ["(1, 2) x 2", "23", *(2 * ["(1, 2) x 2", "(2, 2) x 2"]), "96 px"]
     with Image.open(tmp_path / "rivals.png") as image:
         assert len(image.convert("RGB").getcolors(2**16)) > 50
     with pytest.raises(SystemExit, match="no results_"):
