@@ -71,7 +71,7 @@ def read_rivals(folders: list[Path]) -> list[Rival]:
         elif path.name.startswith("pt_"):
             curve, detail = "heads of pre-training", f"{settings['arch']} at {settings['patch_size']} pixels"
         else:
-            curve = settings["policy"] + (", context classified" if settings["classify_context"] else "")
+            curve = settings["policy"] + (", with context" if settings["classify_context"] else "")
             label = f"({settings['k']}, {settings['start_size']})"
             label += f" x {settings['n_glimpses']}" if settings["n_glimpses"] > 1 else ""
             detail = f"k {settings['k']}, start_size {settings['start_size']}"
