@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LOGS = {"pt_log.csv": "pre-training", "log.csv": "classifier"}  # as pretrain.py and main.py name them
-MARKERS = "osD^v<>P*X"  # of the curves, which color alone does not tell apart for everyone
+MARKERS = "osD^v<>P*Xh"  # of the curves, which color alone does not tell apart for everyone
 PANELS = {  # columns of both logs; the accuracy of pre-training is that of head 123
     "training loss": ("train_loss",),
     "validation NLL": ("valid_nll",),

@@ -82,8 +82,7 @@ def test_rivals_are_drawn_from_what_tests_and_probes_wrote(tmp_path: Path, capsy
     (tmp_path / "other.json").write_text("[]")
     plot.main(["rivals", str(tmp_path), "--out", str(tmp_path / "rivals.png")])
     assert capsys.readouterr().out.splitlines()[2:-1] == [
-        "| grid, with context | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 1.0 | 40.0 "
-        "| 30.0 to 60.0 |",
+        "| grid, with context | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 1.0 | 40.0 | 30.0 to 60.0 |",
         "| heads of pre-training | head 23, resnet50 at 96 pixels | 2.0 | 20.0 | 10.0 to 40.0 |",
         "| learned | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 3.0 | 50.0 | 40.0 to 70.0 |",
         "| learned | k 2, start_size 2, 2 glimpses, resnet18 at 32 pixels | 3.0 | 50.0 | 40.0 to 70.0 |",
