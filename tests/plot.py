@@ -114,9 +114,10 @@ def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
             [100 * abs(r.accuracy - edge) for r, edge in zip(rivals, edges)]
             for edges in zip(*(r.interval for r in rivals))
         ]
-        color, best = pyplot.get_cmap("tab10")(i % 10), dict(sorted(zip(cost, accuracy)))
+        color = pyplot.get_cmap("tab10")(i % 10)
+        best = {round(x, 1): (x, y) for y, x in sorted(zip(accuracy, cost))}  # of points that cost about the same
         panel.errorbar(cost, accuracy, list(around), fmt="none", elinewidth=0.7, capsize=2, color=color)
-        panel.plot(best.keys(), best.values(), linewidth=1, color=color)
+        panel.plot(*zip(*sorted(best.values())), linewidth=1, color=color)
         panel.plot(cost, accuracy, MARKERS[i % len(MARKERS)], color=color, label=name)
         for rival, *place in zip(rivals, cost, accuracy):
             style = {"textcoords": "offset points", "fontsize": "xx-small", "ha": "right" if i % 2 else "left"}
