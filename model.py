@@ -205,7 +205,6 @@ class BaselineNetwork(nn.Module):
 
     def __init__(self, *, n_features: int, rnn_hidden: int) -> None:
         super().__init__()
-        self.n_features = n_features
         self.linear = nn.Linear(n_features + rnn_hidden, 1)
 
     def forward(self, pooled: Tensor, hidden: Tensor) -> Tensor:
@@ -264,7 +263,7 @@ class RecurrentAttention(nn.Module):
         self.n_glimpses = n_glimpses
         self.std_dev = std_dev
         self.classify_context = classify_context
-        n_features = feature_size(backbone)
+        self.n_features = n_features = feature_size(backbone)
         self.glimpse = GlimpseNetwork(backbone=backbone, patch_size=patch_size, scales=patch_scales(k, start_size))
         self.locate = LocationNetwork(n_features=n_features, rnn_hidden=rnn_hidden)
         self.baseline = BaselineNetwork(n_features=n_features, rnn_hidden=rnn_hidden)
@@ -285,7 +284,7 @@ class RecurrentAttention(nn.Module):
         if policy == "learned" or self.classify_context:
             V = self.glimpse.context(pyramid)  # [B, D, 2, 2]
         else:  # a policy that looks at no context does not pay for one
-            V = torch.zeros(B, self.baseline.n_features, 2, 2, device=canvas.device)
+            V = torch.zeros(B, self.n_features, 2, 2, device=canvas.device)
         pooled = V.mean((2, 3)).unsqueeze(1).expand(-1, M, -1)  # [B, M, D]
         h_t = c_t = V.new_zeros(B * M, self.rnn.hidden_size)
         steps = []

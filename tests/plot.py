@@ -115,7 +115,8 @@ def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
             for edges in zip(*(r.interval for r in rivals))
         ]
         color = pyplot.get_cmap("tab10")(i % 10)
-        best = {round(x, 1): (x, y) for y, x in sorted(zip(accuracy, cost))}  # of points that cost about the same
+        ranked = sorted(zip(accuracy, cost, rivals))
+        best = {round(r.multiply_adds / 1e9, 1): (x, y) for y, x, r in ranked}  # of points that cost about the same
         panel.errorbar(cost, accuracy, list(around), fmt="none", elinewidth=0.7, capsize=2, color=color)
         panel.plot(*zip(*sorted(best.values())), linewidth=1, color=color)
         panel.plot(cost, accuracy, MARKERS[i % len(MARKERS)], color=color, label=name)
