@@ -78,12 +78,6 @@ def inside(location: Tensor, box: Tensor) -> Tensor:
     return ((point >= box[..., :2]) & (point <= box[..., 2:])).all(-1)
 
 
-def coverage(patch: Tensor, box: Tensor) -> Tensor:
-    """Fraction of a box's area [..., 4] that a patch's box [..., 4] covers: [...]."""
-    overlap = torch.minimum(patch[..., 2:], box[..., 2:]) - torch.maximum(patch[..., :2], box[..., :2])
-    return overlap.clamp_min(0).prod(-1) / (box[..., 2:] - box[..., :2]).prod(-1)
-
-
 def extract_patches(pyramid: dict[int, Tensor], location: Tensor, scales: tuple[int, ...], patch_size: int) -> Tensor:
     """Extract the k concentric patches of M glimpses from each image; pixels outside the image are black.
 

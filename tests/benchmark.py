@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -38,7 +39,7 @@ import main
 import pretrain
 import utils
 from data.toy_dogs import write_list
-from dataset import ImageDataset, make_evaluation_loader, make_loader, read_list
+from dataset import N_BOXES, ImageDataset, make_loader, read_list
 from glimpse import FULL_SCALE, STARTS, build_pyramid, canvas_size, extract_patches, normalize, patch_scales
 from model import PATCHES_PER_PASS, PretrainNetwork, RecurrentAttention, build_backbone
 
@@ -136,6 +137,11 @@ def write_images(data_dir: Path, breed: str, n_train: int, n_test: int) -> None:
         write_list(data_dir / "lists" / f"{split}_list.mat", names, [1] * count)
 
 
+def main_flags(**values: Any) -> argparse.Namespace:
+    """The flags of main.py, with these values."""
+    return main.make_parser().parse_args([f"--{name}={value}" for name, value in values.items()])
+
+
 def random_canvases(setting: Setting, n_images: int, start_size: int) -> torch.Tensor:
     """uint8 [N, 3, S, S] of noise."""
     side = canvas_size(setting.patch_size, start_size)
@@ -149,10 +155,9 @@ def random_patches(setting: Setting, n_patches: int) -> torch.Tensor:
 
 
 def make_classifier(setting: Setting, k: int, start_size: int, n_glimpses: int) -> RecurrentAttention:
-    """The network of main.py, of the default settings but for those given, with random weights."""
-    settings = main.Settings(k=k, start_size=start_size, n_glimpses=n_glimpses)
-    backbone = {"arch": setting.arch, "patch_size": setting.patch_size}
-    net = main.build_model(settings, backbone, N_CLASSES, setting.data_dir)
+    """The network of main.py, of the default flags but for those given, with random weights."""
+    args = main_flags(k=k, start_size=start_size, n_glimpses=n_glimpses)
+    net = main.build_model(args, build_backbone(setting.arch), setting.patch_size, N_CLASSES)
     net.to(setting.machine.device, memory_format=torch.channels_last)
     net.glimpse.speed_up(setting.machine.dtype, compiles=setting.machine.compiles)
     return net
@@ -185,10 +190,8 @@ def make_step(
     """
     machine = setting.machine
     canvas = random_canvases(setting, batch_size, STARTS[0] if job == "pretrain" else start_size)
-    loader = DataLoader(
-        TensorDataset(canvas, torch.randint(0, N_CLASSES, (batch_size,)), torch.arange(batch_size)),
-        batch_size=batch_size,
-    )
+    boxes, labels = torch.full((batch_size, N_BOXES, 4), math.nan), torch.randint(0, N_CLASSES, (batch_size,))
+    loader = DataLoader(TensorDataset(canvas, boxes, labels, torch.arange(batch_size)), batch_size=batch_size)
     if job == "pretrain":
         backbone = build_backbone(setting.arch)
         model = PretrainNetwork(backbone=backbone, n_classes=N_CLASSES, patch_size=setting.patch_size)
@@ -213,14 +216,14 @@ def make_step(
     if job == "test":
         return lambda: main.evaluate(net, loader, noise, "learned", machine, job), passes
     optimizer = utils.make_optimizer(*model.parameter_groups())
-    return lambda: main.train_one_epoch(net, loader, noise, main.Settings(), optimizer, machine, job), passes
+    return lambda: main.train_one_epoch(net, loader, noise, main_flags(), optimizer, machine, job), passes
 
 
 def measure_loader(setting: Setting) -> list[Figure]:
     """The loader with one worker, over a bare loop of PIL."""
     images, side = read_list(setting.data_dir, "train"), canvas_size(setting.patch_size, START_SIZE)
     n_images = len(images.files)
-    loader = make_loader(images, range(n_images), canvas_size=side, batch_size=32, num_workers=1)
+    loader = make_loader(images, main_flags(batch_size=32, num_workers=1), setting.machine, side)
 
     def ours() -> None:
         for _ in loader:
@@ -287,8 +290,7 @@ def measure_end_to_end(setting: Setting) -> list[Figure]:
     """An epoch of main.py from files, over the longer of loading and computing alone."""
     machine, images = setting.machine, read_list(setting.data_dir, "train")
     side, n_images = canvas_size(setting.patch_size, START_SIZE), len(images.files)
-    num_workers = min(utils.available_cores(), 16)
-    loader = make_evaluation_loader(images, canvas_size=side, **machine.loading(32, num_workers))
+    loader = make_loader(images, main_flags(batch_size=32), machine, side)
     in_memory = DataLoader(TensorDataset(*map(torch.cat, zip(*loader))), batch_size=32)
     model = make_classifier(setting, K, START_SIZE, 1)
     net, optimizer = utils.wrap(model, machine), utils.make_optimizer(*model.parameter_groups())
@@ -299,7 +301,7 @@ def measure_end_to_end(setting: Setting) -> list[Figure]:
             pass
 
     def train(source: DataLoader) -> None:
-        main.train_one_epoch(net, source, noise, main.Settings(), optimizer, machine, "epoch")
+        main.train_one_epoch(net, source, noise, main_flags(), optimizer, machine, "epoch")
 
     rounds = in_turn(setting, lambda: train(loader), load, lambda: train(in_memory))
     value = median_ratio(rounds, lambda epoch, load, compute: epoch / max(load, compute))
@@ -383,7 +385,15 @@ def run_job_of_2018(script: Path, flags: list[str], folder: Path, machine: utils
     torchvision.models.resnet50 = lambda pretrained: resnet50()  # takes the same time, and no download
     torch.Tensor.__round__ = lambda number: round(number.item())  # Pillow now rounds the corners of a crop: tensors
     torch.cuda.is_available = lambda: False
-    return run_silently(lambda: runpy.run_path(str(script), run_name="__main__"), machine)
+
+    def job() -> None:
+        left = runpy.run_path(str(script), run_name="__main__")  # its global variables
+        path = Path(left.get("save_file") or left["save_path"])
+        if not path.exists():  # it saves only what is right on some image, and the next job needs the file
+            model = left["my_model"].module.resnet if "save_file" in left else left["my_model"]
+            torch.save({"model_dict": model.state_dict()}, path)
+
+    return run_silently(job, machine)
 
 
 def measure_epochs(setting: Setting) -> Iterator[Figure]:
@@ -489,8 +499,8 @@ PARTS = {
 def benchmark(argv: list[str] | None = None) -> None:
     """Measure, print the table, write the numbers."""
     args = parse_args(argv)
-    gpus = "0" if args.device != "cpu" and torch.cuda.device_count() else ""
-    machine = utils.set_up_machine(args.device, gpus, args.precision, args.compile)
+    args.gpus = "0" if args.device != "cpu" and torch.cuda.device_count() else ""
+    machine = utils.set_up_machine(args)
     batch_sizes = {"pretrain": 16, "train": 128, "test": 16}
     if machine.gpus:
         batch_sizes = {"pretrain": 128, "train": 128, "test": 128}
@@ -516,10 +526,9 @@ def benchmark(argv: list[str] | None = None) -> None:
         for figure in itertools.chain.from_iterable(PARTS[part](setting) for part in args.parts):
             figures.append(figure._asdict())
             print(f"| {' | '.join(f'{v:.3g}' if isinstance(v, float) else v for v in figure)} |", flush=True)
-    if args.json:
-        content = {"about": about, "figures": figures}
-        with utils.replacing(args.json, mode="w") as file:
-            json.dump(content, file, indent=1)
+            if args.json:  # row by row, since a later part may fail
+                with utils.replacing(args.json, mode="w") as file:
+                    json.dump({"about": about, "figures": figures}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ import csv
 import importlib
 import multiprocessing
 import os
+import re
 import resource
 import subprocess
 import time
 import traceback
 import zlib
+from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import fields
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,9 @@ from torch import nn
 from torchvision.models._api import register_model
 from torchvision.models.resnet import BasicBlock, ResNet
 
+import main
 import model
+import pretrain
 import utils
 from model import RecurrentAttention, build_backbone
 
@@ -33,6 +36,7 @@ ARCH = "narrow"  # the width of a backbone matters to the time of a test, not to
 SMALL = ["--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--precision", "fp32", "--valid_size", "0.3"]
 CPU = utils.Machine(torch.device("cpu"), [], "fp32", rank=0, world_size=1)
 BACKBONE = ["--arch", ARCH, "--patch_size", "32", "--weights", "none"]
+MODEL = ["--rnn_hidden", "16", "--k", "2", "--start_size", "1", "--n_glimpses", "2", "--lr", "0.01"]
 
 
 # --- networks
@@ -56,37 +60,22 @@ model.ARCHITECTURES.append(ARCH)
 
 def save_backbone(path: Path, arch: str = ARCH) -> None:
     """A backbone for 32-pixel patches, as pretrain.py saves it."""
-    settings = {"arch": arch, "patch_size": 32}
-    torch.save({"model_dict": build_backbone(arch).state_dict(), "settings": settings}, path)
+    settings = {"arch": arch, "patch_size": "32"}
+    torch.save({"model_dict": build_backbone(arch).state_dict(), "settings": settings, "data": {}}, path)
 
 
 # --- runs
 
 
-def fit(script: ModuleType, argv: list[str]) -> list[str]:
-    """Of these flags, those that have an effect on the task among them."""
-    tasks = {field.name: field.metadata["tasks"] for field in fields(script.Settings)}
-    flags: list[list[str]] = []
-    for word in argv:
-        if word.startswith("--"):
-            flags.append([])
-        flags[-1].append(word)
-    names = [words[0][2:].partition("=")[0] for words in flags]
-    given = [words[-1].removeprefix("--task=") for name, words in zip(names, flags) if name == "task"]
-    task = given[-1] if given else "train"
-    kept = [words for name, words in zip(names, flags) if task in (tasks.get(name) or [task])]
-    return [word for words in kept for word in words]
-
-
-def run(script: ModuleType, argv: list[str]) -> None:
-    """Run a script with those of the flags that have an effect on its task."""
-    script.main(fit(script, argv))
+def flags_of(script: ModuleType, *argv: str) -> Namespace:
+    """The flags of a script, as they are without a checkpoint."""
+    return script.make_parser().parse_args([*SMALL, *argv])
 
 
 def fails(script: ModuleType, argv: list[str]) -> str:
     """The one line with which a script refuses what it was given."""
     with pytest.raises(SystemExit) as stop:
-        utils.run(lambda: run(script, argv))
+        utils.run(lambda: script.main(argv))
     error: BaseException | None = stop.value
     while error:  # the frames keep loaders alive, whose workers the garbage collector would wait for
         traceback.clear_frames(error.__traceback__)
@@ -116,7 +105,7 @@ def run_script(
     multiprocessing.set_start_method(None, force=True)  # of the script's own workers, which would be the server's
     torch.set_num_threads(1)
     module = importlib.import_module(script)
-    utils.run(lambda: module.main(fit(module, argv)))
+    utils.run(lambda: module.main(argv))
 
 
 def start(
@@ -173,6 +162,36 @@ def without_seconds(content: object) -> object:
     if isinstance(content, dict):
         return {key: without_seconds(value) for key, value in content.items() if key != "seconds"}
     return [without_seconds(row) for row in content] if isinstance(content, list) else content
+
+
+def same_result(ours: object, theirs: object) -> bool:
+    """Equality bit by bit of two checkpoints or logs but for the time that was measured."""
+    return same(without_seconds(ours), without_seconds(theirs))
+
+
+def find_result(report: str, subject: str, estimate: str) -> dict[str, float]:
+    """The figures of a line that `--task=test` of main.py printed, by name."""
+    [line] = [line for line in report.splitlines() if line.startswith(f"{subject:15}{estimate:20}")]
+    right, n_images = re.match(r"[\d.]+% right \(([\d,]+) of ([\d,]+); ", line[35:]).groups()
+    others = {name: float(value) for name, value in re.findall(r"(\w+) (\d+\.\d{4})(?=  |$)", line[35:])}
+    return {"accuracy": int(right.replace(",", "")) / int(n_images.replace(",", "")), **others}
+
+
+def load(save_dir: Path) -> RecurrentAttention:
+    """The best classifier in a folder, rebuilt from its checkpoint alone."""
+    argv = ["--task=predict", "--save_dir", str(save_dir)]
+    args, checkpoint = utils.parse_flags(main.make_parser(), argv, main.FILES, main.NETWORK)
+    arch, patch_size = checkpoint["backbone"]["arch"], checkpoint["backbone"]["patch_size"]
+    net = main.build_model(args, build_backbone(arch), patch_size, len(checkpoint["data"]["class_names"])).eval()
+    net.load_state_dict(checkpoint["model_dict"])
+    return net
+
+
+def collect_panels(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What `draw_panel` is called with from now on."""
+    drawn, real = [], main.draw_panel
+    monkeypatch.setattr(main, "draw_panel", lambda *given: drawn.append(given) or real(*given))
+    return drawn
 
 
 # --- fixtures
@@ -274,3 +293,24 @@ def save_dir(tmp_path: Path) -> Path:
     folder.mkdir()
     save_backbone(folder / "pt_glimpse_model.tar")
     return folder
+
+
+@pytest.fixture
+def pretrain_args(make_data, tmp_path: Path) -> list[str]:
+    folders = ["--data_dir", str(make_data()), "--save_dir", str(tmp_path / "out")]
+    return [*folders, *SMALL, *BACKBONE]
+
+
+@pytest.fixture
+def main_args(make_data, save_dir: Path, tmp_path: Path) -> list[str]:
+    folders = ["--data_dir", str(make_data()), "--save_dir", str(save_dir), "--imgs_dir", str(tmp_path / "imgs")]
+    return [*folders, *SMALL]
+
+
+@pytest.fixture(params=["pretrain", "main"])
+def training(request: pytest.FixtureRequest) -> tuple[ModuleType, list[str], Path]:
+    """Each of the scripts, flags for a short run of it, and the folder of its files."""
+    if request.param == "pretrain":
+        argv = request.getfixturevalue("pretrain_args")
+        return pretrain, argv, Path(argv[3])
+    return main, [*request.getfixturevalue("main_args"), *MODEL], request.getfixturevalue("save_dir")

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import dataset
-from main import draw_images, fixed_choice, load_classifier, save_image, single_noise
+from main import fixed_choice, load_classifier, save_image
 
 POLICIES = ("learned", "center", "random")
 COLUMNS = ("deterministic", "sampled trajectory", "average of 7", "hit rate")
@@ -36,15 +36,17 @@ def draw_examples(data_dir: Path, untrained: Path, trained: Path) -> dict[str, I
     """A test image that is classified correctly, before and after training, and one that is not, if there are any."""
     before, after = (load_classifier(folder) for folder in (untrained, trained))
     images = dataset.read_list(data_dir, "test")
-    images = images.subset(fixed_choice(len(images.files), len(images.files), after.settings.seed))
-    dogs, examples = dataset.read_dogs(images), {}
-    drawn = (draw_images(images, dogs, one, single_noise(dogs, one.settings)) for one in (before, after))
-    for early, late in zip(*drawn):
-        if not late.correct:
-            examples.setdefault("a mistake", late.panel)
+    images = images.subset(fixed_choice(len(images.files), len(images.files), after.args.seed))
+    examples: dict[str, Image.Image] = {}
+    for file, annotation, label in zip(images.files, images.annotations, images.labels):
+        late = after(file, annotation)
+        panel = after.draw(late, file.name, label)
+        if late.drawn[-1].argmax() != label:
+            examples.setdefault("a mistake", panel)
         elif "after training" not in examples:
-            examples |= {"before training": early.panel, "after training": late.panel}
-        if len(examples) == 3:
+            early = before.draw(before(file, annotation), file.name, label)
+            examples |= {"before training": early, "after training": panel}
+        if len(examples) == len(EXAMPLES):
             break
     return {name: examples[name] for name in EXAMPLES if name in examples}
 

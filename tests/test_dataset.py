@@ -8,19 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, draw_image, write_list
-from PIL import Image
+from conftest import CPU, annotate, draw_image, flags_of, write_list
+from PIL import ExifTags, Image, ImageDraw
 
 import dataset
+import main
 from dataset import ImageList, RandomCrop, TrainSampler, make_loader, read_list, split_list
 from glimpse import build_pyramid, extract_patches
 from utils import UserError
 
+NO_BOXES = torch.empty(0, 4)
 WHOLE = 2**14  # a canvas so large that no JPEG is decoded at less than its size
 
 
 def load(path: Path, size: int = 32, decoded_for: int = WHOLE) -> np.ndarray:
-    return dataset.crop_to_canvas(dataset.read_image(path, decoded_for), size).permute(1, 2, 0).numpy()
+    return dataset.crop_to_canvas(*dataset.read_image(path, decoded_for), size)[0].permute(1, 2, 0).numpy()
+
+
+def crop(image: Image.Image, size: int, draw: RandomCrop | None = None) -> torch.Tensor:
+    """The canvas of an image without boxes."""
+    return dataset.crop_to_canvas(image, NO_BOXES, size, draw)[0]
 
 
 def test_list_in_the_official_format(make_data) -> None:
@@ -54,9 +61,11 @@ def test_both_parts_of_a_split_have_an_image_of_each_class() -> None:
     for fraction in (0.01, 0.99):
         train, valid = split_list(four, fraction, "validation", n_parts=2)
         assert sorted(train.labels) == sorted(valid.labels) == [0, 1]
-    with pytest.raises(UserError, match="^the class b has 1 image: to hold out some for validation it needs 2$"):
+    with pytest.raises(
+        UserError, match="^the class b has 1 distinct image: to hold out some for validation it needs 2$"
+    ):
         split_list(four.subset([0, 1, 2]), 0.5, "validation", n_parts=2)
-    with pytest.raises(UserError, match="^the class a has 2 images: to hold out some for test it needs 3$"):
+    with pytest.raises(UserError, match="^the class a has 2 distinct images: to hold out some for test it needs 3$"):
         split_list(four, 0.5, "test", n_parts=3)
 
 
@@ -77,7 +86,7 @@ def test_missing_and_broken_lists(make_data) -> None:
     for broken, message in (
         ((names, [1, 2]), "labels"),
         ((names, [1, 2, 4]), "1 to the number"),
-        ((names, [1, 1, 2]), "stands for"),
+        ((names, [1, 1, 2]), "one for each folder"),
         (([names[0], names[0]], [1, 2]), "one for each folder"),
         ((["../../x.jpg", *names[1:]], [1, 2, 3]), "not <breed folder>/<file>"),
         ((["../x.jpg", *names[1:]], [1, 2, 3]), "not <breed folder>/<file>"),
@@ -165,7 +174,7 @@ def test_large_jpegs_are_decoded_at_less_than_their_size(tmp_path: Path, orienta
     draw_image(np.random.default_rng(0), 500, 375).save(path, quality=95, exif=exif)
     turned = (lambda width, height: (height, width)) if orientation == 6 else (lambda *size: size)
     for size, decoded in ((40, (63, 47)), (96, (250, 188)), (187, (250, 188)), (188, (500, 375))):
-        assert dataset.read_image(path, size).size == turned(*decoded)
+        assert dataset.read_image(path, size)[0].size == turned(*decoded)
     for size in (40, 96):
         assert abs(load(path, size, decoded_for=size).astype(int) - load(path, size)).mean() < 3
 
@@ -180,25 +189,25 @@ def test_canvas_is_what_pillow_makes_of_the_square(size: tuple[int, int]) -> Non
     square = image.crop((left, top, left + side, top + side))
     for target in (32, 96, 192, 384):
         theirs = np.asarray(square.resize((target, target), Image.Resampling.BILINEAR)).astype(int)
-        ours = dataset.crop_to_canvas(image, target).permute(1, 2, 0).numpy()
+        ours = crop(image, target).permute(1, 2, 0).numpy()
         assert abs(ours - theirs).max() <= 1
 
 
 def test_random_crops_lie_inside_the_image_and_half_are_flipped(tmp_path: Path) -> None:
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (50, 1, 3)))  # a pixel names its x
-    central = dataset.crop_to_canvas(ramp, 50)
+    central = crop(ramp, 50)
     assert central.shape == (3, 50, 50) and central.dtype == torch.uint8
     assert central[0, 0, [0, -1]].tolist() == [75, 124]
     starts, mirrored = [], []
     for seed in range(200):
-        row = dataset.crop_to_canvas(ramp, 50, RandomCrop(seed, 1))[0, 0].int()
+        row = crop(ramp, 50, RandomCrop(seed, 1))[0, 0].int()
         assert (row.diff() == 1).all() or (row.diff() == -1).all()
         starts.append(row.min().item())
         mirrored.append(bool(row[0] > row[-1]))
     assert min(starts) < 10 and max(starts) > 140 and len(set(starts)) > 80 and 70 < sum(mirrored) < 130
-    tall = dataset.crop_to_canvas(ramp.rotate(90, expand=True), 50)
+    tall = crop(ramp.rotate(90, expand=True), 50)
     assert tall.shape == (3, 50, 50) and len(set(tall[0, :, 0].tolist())) == 50
-    assert dataset.crop_to_canvas(Image.new("RGB", (1, 5000)), 32).shape == (3, 32, 32)
+    assert crop(Image.new("RGB", (1, 5000)), 32).shape == (3, 32, 32)
 
 
 def test_smaller_random_crops_are_squares_of_any_size_down_to_the_smallest() -> None:
@@ -206,21 +215,72 @@ def test_smaller_random_crops_are_squares_of_any_size_down_to_the_smallest() -> 
     ramp = Image.fromarray(np.stack([across, down, down], axis=-1))  # a pixel names its place
     sides, seen = [], np.zeros((100, 200), dtype=bool)
     for seed in range(300):
-        crop = dataset.choose_crop(200, 100, RandomCrop(seed, 0.5))
-        canvas = dataset.crop_to_canvas(ramp, crop.side, RandomCrop(seed, 0.5))
-        x, y = canvas[0].flip(-1) if crop.flipped else canvas[0], canvas[1]
-        assert (x == torch.arange(crop.left, crop.left + crop.side)).all()
-        assert (y[:, 0] == torch.arange(crop.top, crop.top + crop.side)).all()
-        sides.append(crop.side)
-        seen[crop.top : crop.top + crop.side, crop.left : crop.left + crop.side] = True
+        left, top, side, flipped = dataset.choose_crop(200, 100, RandomCrop(seed, 0.5))
+        canvas = crop(ramp, side, RandomCrop(seed, 0.5))
+        x, y = canvas[0].flip(-1) if flipped else canvas[0], canvas[1]
+        assert (x == torch.arange(left, left + side)).all()
+        assert (y[:, 0] == torch.arange(top, top + side)).all()
+        sides.append(side)
+        seen[top : top + side, left : left + side] = True
     assert (
         50 <= min(sides) <= 52
         and 98 <= max(sides) <= 100
         and 73 < np.mean(sides) < 77
         and seen[3:-3, 3:-3].mean() > 0.99
     )
-    assert {dataset.choose_crop(200, 100, RandomCrop(seed, 1)).side for seed in range(20)} == {100}
+    assert {dataset.choose_crop(200, 100, RandomCrop(seed, 1))[2] for seed in range(20)} == {100}
     assert dataset.choose_crop(200, 100) == (50, 0, 100, False)
+
+
+def extent(dog: torch.Tensor) -> torch.Tensor:
+    """Left, top, right and bottom of the pixels [S, S] that are true, in fractions of the side."""
+    rows, columns = dog.any(1).nonzero().flatten(), dog.any(0).nonzero().flatten()
+    return torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / len(dog)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_and_pixels_of_random_crops_agree(orientation: int, tmp_path: Path) -> None:
+    """Red, green and blue dogs in a JPEG that is decoded at a quarter of its size, scaled, and flipped or not."""
+    boxes = [(40, 240, 330, 470), (380, 60, 500, 400), (560, 150, 770, 260)]
+    stored, file = Image.new("RGB", (800, 600)), tmp_path / "Images" / "breed" / "dog.jpg"
+    for color, (left, top, right, bottom) in zip(("#f00", "#0f0", "#00f"), boxes):
+        ImageDraw.Draw(stored).rectangle((left, top, right - 1, bottom - 1), color)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    file.parent.mkdir(parents=True)
+    stored.save(file, quality=95, subsampling=0, exif=exif)
+    annotate(tmp_path, {file: boxes}, *stored.size)
+    annotation = tmp_path / "Annotation" / "breed" / "dog"
+    assert max(dataset.read_image(file, 120)[0].size) == 200
+    items = dataset.ImageDataset(ImageList([file], [0], ["breed"], annotations=[annotation]), 72)
+    n_visible, flips = [], set()
+    for seed in range(12):
+        draw = RandomCrop(seed, 0.6)
+        canvas, found, *_ = items[0, draw]
+        seen = torch.stack([extent(dog) for dog in canvas > 127 if dog.any()])
+        assert found.shape == (dataset.N_BOXES, 4) and found[len(seen) :].isnan().all(), seed
+        agree = (found[: len(seen)].unsqueeze(1) - seen).abs().amax(-1) < 0.02  # each box with the pixels of each dog
+        assert (agree.sum(0) == 1).all() and (agree.sum(1) == 1).all(), seed
+        assert ((found[: len(seen), 2:] - found[: len(seen), :2]).prod(1).diff() <= 0).all(), seed
+        n_visible.append(len(seen))
+        flips.add(dataset.choose_crop(800, 600, draw)[3])
+    assert flips == {False, True} and set(n_visible) >= {2, 3}
+
+
+def test_a_batch_holds_the_largest_boxes_first() -> None:
+    """Those in the crop, clipped; NaN fills the other places."""
+    image, sides = Image.new("RGB", (200, 100)), torch.randperm(20) + 1
+    corners = torch.tensor([[50, 0]]).expand(20, 2)  # of the central square
+    boxes = torch.cat([corners, corners + sides.unsqueeze(1)], dim=1) / torch.tensor([200, 100] * 2)
+    _, found = dataset.crop_to_canvas(image, boxes, 32)
+    wanted = [[0, 0, side / 100, side / 100] for side in range(20, 20 - dataset.N_BOXES, -1)]
+    assert torch.allclose(found, torch.tensor(wanted), atol=1e-6)
+    outside, cut, whole = [0.0, 0.0, 0.25, 1.0], [0.1, 0.0, 0.3, 0.5], [0.3, 0.5, 0.5, 1.0]
+    turned = [0.7, 0.9, 0.3, 0.1]  # its corners in the wrong order
+    _, found = dataset.crop_to_canvas(image, torch.tensor([outside, cut, whole, turned]), 32)
+    assert torch.allclose(found[:2], torch.tensor([[0.1, 0.5, 0.5, 1.0], [0.0, 0.0, 0.1, 0.5]]), atol=1e-6)
+    _, none = dataset.crop_to_canvas(image, NO_BOXES, 32)
+    assert found[2:].isnan().all() and none.isnan().all() and none.shape == found.shape == (dataset.N_BOXES, 4)
 
 
 def test_jpegs_keep_the_pixels_of_small_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,16 +288,16 @@ def test_jpegs_keep_the_pixels_of_small_crops(tmp_path: Path, monkeypatch: pytes
     draw_image(np.random.default_rng(0), 800, 800).save(tmp_path / "large.jpg")
     sizes, real = [], dataset.crop_to_canvas
     monkeypatch.setattr(dataset, "crop_to_canvas", lambda image, *rest: sizes.append(image.size) or real(image, *rest))
+    items = dataset.ImageDataset(ImageList([tmp_path / "large.jpg"], [0], ["a"]), 96)
     for smallest in (1, 0.5, 0.2):
-        assert dataset.load_canvas(tmp_path / "large.jpg", 96, RandomCrop(0, smallest)).shape == (3, 96, 96)
+        assert items[0, RandomCrop(0, smallest)][0].shape == (3, 96, 96)
     assert sizes == [(100, 100), (200, 200), (800, 800)]
 
 
 def test_full_size_glimpse_is_the_context_after_any_augmentation(make_data) -> None:
     """The 2018 code paired a flipped context with glimpses of the unflipped image, from another crop."""
     images = read_list(make_data(), "train")
-    loader = make_loader(images, TrainSampler(len(images.files), 0, 1), canvas_size=128, batch_size=18, num_workers=0)
-    canvas, *_ = next(iter(loader))
+    canvas, *_ = next(iter(make_loader(images, flags_of(main, "--batch_size", "18"), CPU, 128, trains=True)))
     pyramid = build_pyramid(canvas, (1, 2, 4), 32)
     glimpses = extract_patches(pyramid, torch.zeros(18, 1, 2), (1, 2, 4), 32)[:, 0]
     context = pyramid[4][:, :, 16:-16, 16:-16]
@@ -253,17 +313,16 @@ def test_each_image_is_opened_once(make_data, monkeypatch: pytest.MonkeyPatch) -
     opened = []
     real = Image.open
     monkeypatch.setattr(Image, "open", lambda path, *rest: opened.append(path) or real(path, *rest))
-    sampler = TrainSampler(len(images.files), 0, 1)
-    for _ in make_loader(images, sampler, canvas_size=32, batch_size=4, num_workers=0):
+    for _ in make_loader(images, flags_of(main), CPU, 32, trains=True):
         pass
     assert sorted(opened) == sorted(images.files)
 
 
 def test_persistent_workers_learn_of_the_next_epoch(make_data) -> None:
     """Persistent workers keep their copy of the dataset, so the epoch must travel with the keys."""
-    keywords = {"seed": 0, "smallest_crop": 0.6, "rank": 0, "world_size": 1, "canvas_size": 32, "batch_size": 4}
     images = read_list(make_data(), "train")
-    loaders = [dataset.make_training_loader(images, num_workers=workers, **keywords) for workers in (0, 1)]
+    flags = [flags_of(main, "--smallest_crop", "0.6", "--num_workers", workers) for workers in ("0", "1")]
+    loaders = [make_loader(images, args, CPU, 32, trains=True) for args in flags]
     epochs = []
     for number in range(2):
         for loader in loaders:
@@ -279,13 +338,13 @@ def test_validation_images_are_central_crops_in_order(make_data) -> None:
     _, valid = dataset.read_training_lists(make_data(), 0.3)
 
     def read_shard(rank: int, world_size: int) -> torch.Tensor:
-        keywords = {"canvas_size": 32, "batch_size": 4, "num_workers": 0}
-        loader = dataset.make_evaluation_loader(valid, rank=rank, world_size=world_size, **keywords)
-        return torch.cat([canvas for canvas, *_ in loader])
+        args = flags_of(main, "--batch_size", str(4 * world_size))
+        machine = CPU._replace(rank=rank, world_size=world_size)
+        return torch.cat([canvas for canvas, *_ in make_loader(valid, args, machine, 32)])
 
     canvas = read_shard(0, 1)
     assert len(canvas) == len(valid.files) == 6
-    expected = [dataset.crop_to_canvas(dataset.read_image(file, 32), 32) for file in valid.files]
+    expected = [crop(dataset.read_image(file, 32)[0], 32) for file in valid.files]
     assert torch.equal(canvas, torch.stack(expected))
     shards = [read_shard(rank, 3) for rank in range(3)]
     assert [len(shard) for shard in shards] == [2, 2, 2] and torch.equal(shards[1], canvas[1::3])
@@ -294,39 +353,40 @@ def test_validation_images_are_central_crops_in_order(make_data) -> None:
         read_shard(8, 9)
 
 
-def test_data_are_described_by_classes_numbers_and_fingerprints(make_data, tmp_path: Path) -> None:
-    """A fingerprint is of the name and the content of a file, wherever that lies."""
+def test_data_are_described_by_classes_files_and_fingerprints(make_data, tmp_path: Path) -> None:
+    """A fingerprint is of the whole content of a file, whatever its name and wherever it lies."""
     data_dir, elsewhere = make_data(), tmp_path / "elsewhere"
     shutil.copytree(data_dir, elsewhere)
-    checking = {"machine": CPU, "num_workers": 0, "skip_bad": False}
 
-    def describe(folder: Path) -> tuple[ImageList, dict[str, torch.Tensor], dict[str, object]]:
-        train, valid, data = dataset.read_training_data(folder, 0.3, **checking, memory=tmp_path / "checked.tar")
-        labels = {part: values.tolist() for part, values in data.pop("labels").items()}
-        assert labels == {"training": train.labels, "validation": valid.labels}
-        return train, data.pop("fingerprints"), data
+    def describe(folder: Path) -> tuple[ImageList, dict[str, object]]:
+        train, valid, data = dataset.read_training_data(flags_of(main, "--data_dir", str(folder)), CPU)
+        for part, images in (("training", train), ("validation", valid)):
+            assert data[part]["labels"] == images.labels and data[part]["fingerprints"] == images.fingerprints
+            assert [folder / file for file in data[part]["files"]] == images.files
+        return train, data
 
-    train, prints, data = describe(data_dir)
-    sizes = {f"{part}_images": len(prints[part]) for part in ("training", "validation")}
-    names = ["toy breed 1", "toy breed 2", "toy breed 3"]
-    assert data == {"class_names": names, **sizes, "left_out": 0} and sum(sizes.values()) == 18
-    assert all(values.dtype == torch.int64 and values.ndim == 1 for values in prints.values())
-    assert len(set(torch.cat([*prints.values()]).tolist())) == 18
-    same_list, same_prints, same_data = describe(elsewhere)
-    assert same_data == data and all(torch.equal(same_prints[part], prints[part]) for part in prints)
+    train, data = describe(data_dir)
+    assert list(data) == ["class_names", "training", "validation"]
+    assert data["class_names"] == ["toy breed 1", "toy breed 2", "toy breed 3"]
+    prints = [number for part in ("training", "validation") for number in data[part]["fingerprints"]]
+    assert len(set(prints)) == 18 and all(type(number) is int and -(2**63) <= number < 2**63 for number in prints)
+    same_list, same_data = describe(elsewhere)
+    assert same_data == data
     assert [file.name for file in same_list.files] == [file.name for file in train.files]
 
     victim = same_list.files[0]
     whole = victim.read_bytes()
-    large = whole + bytes(2**17)  # longer than what is hashed
-    seen = {prints["training"][0].item()}
-    for content in (next(elsewhere.glob("Images/*/test_0.jpg")).read_bytes(), large, large + b"0"):
+    large = whole + bytes(2**17)
+    seen = {data["training"]["fingerprints"][0]}
+    for content in (next(elsewhere.glob("Images/*/test_0.jpg")).read_bytes(), large, large + b"0", large + b"1"):
         victim.write_bytes(content)
-        changed = describe(elsewhere)[1]["training"]
-        assert torch.equal(changed[1:], prints["training"][1:]) and changed[0].item() not in seen
-        seen.add(changed[0].item())
+        first, *others = describe(elsewhere)[1]["training"]["fingerprints"]
+        assert others == data["training"]["fingerprints"][1:] and first not in seen
+        seen.add(first)
     victim.write_bytes(whole)
-    assert torch.equal(describe(elsewhere)[1]["training"], prints["training"])
+    assert describe(elsewhere)[1] == data
+    renamed = victim.rename(victim.with_name("another name.jpg"))
+    assert dataset.check_image(renamed, None) == (data["training"]["fingerprints"][0], "")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -334,12 +394,11 @@ def test_an_epoch_depends_on_seed_and_epoch_alone(make_data, num_workers: int) -
     images = read_list(make_data(), "train")
 
     def epoch(seed: int, number: int, workers: int) -> tuple[torch.Tensor, list[int]]:
-        sampler = TrainSampler(len(images.files), seed, 1)
-        loader = make_loader(images, sampler, canvas_size=32, batch_size=4, num_workers=workers)
-        sampler.epoch = number
+        loader = make_loader(images, flags_of(main, f"--seed={seed}", f"--num_workers={workers}"), CPU, 32, trains=True)
+        loader.sampler.epoch = number
         torch.rand(number + 1)  # other code may draw from the global state
         batches = list(loader)
-        return torch.cat([canvas for canvas, *_ in batches]), torch.cat([labels for _, labels, _ in batches]).tolist()
+        return torch.cat([canvas for canvas, *_ in batches]), torch.cat([labels for *_, labels, _ in batches]).tolist()
 
     canvas, labels = epoch(0, 1, num_workers)
     assert torch.equal(canvas, epoch(0, 1, 0)[0]) and sorted(labels) == sorted(images.labels)
@@ -356,7 +415,7 @@ def test_shards_of_processes_form_the_same_batches() -> None:
 
 def test_short_lists_still_make_a_batch(make_data) -> None:
     images = read_list(make_data(n_train=2, n_classes=2), "train")
-    batches = list(make_loader(images, range(4), canvas_size=32, batch_size=9, num_workers=0, drop_last=True))
-    assert [len(labels) for _, labels, _ in batches] == [4]
-    batches = list(make_loader(images, range(4), canvas_size=32, batch_size=3, num_workers=0))
-    assert [len(labels) for _, labels, _ in batches] == [3, 1]
+    batches = list(make_loader(images, flags_of(main, "--batch_size", "9"), CPU, 32, drop_last=True))
+    assert [len(labels) for *_, labels, _ in batches] == [4]
+    batches = list(make_loader(images, flags_of(main, "--batch_size", "3"), CPU, 32))
+    assert [len(labels) for *_, labels, _ in batches] == [3, 1]

@@ -3,31 +3,28 @@
 import re
 import shlex
 import subprocess
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import probe
 import pytest
-from conftest import ARCH, draw_image, fit
+from conftest import ARCH, draw_image
 
 import main
 import pretrain
-import utils
 from data import stanford_dogs, toy_dogs
-from dataset import read_dogs, read_image, read_list
+from dataset import read_image, read_list
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = README + (ROOT / "tests" / "RESULTS.md").read_text()
-SCRIPTS = {"pretrain.py": pretrain, "main.py": main}
+SCRIPTS = {"pretrain.py": pretrain, "main.py": main, "tests/probe.py": probe}
 BY_HAND = ("tests/benchmark.py", "tests/toy_table.py", "tests/plot.py")
 SHARED = ["--data_dir", "data/toy", "--save_dir", "saved", "--device", "cpu", "--num_workers", "0"]
 SHARED += ["--batch_size", "4", "--epochs", "1", "--valid_size", "0.5"]
-SIZES = {"pretrain.py": SHARED, "main.py": [*SHARED, "--n_samples", "2"]}
-NETWORKS = {
-    "pretrain.py": ["--arch", ARCH, "--patch_size", "32", "--weights", "none"],
-    "main.py": ["--rnn_hidden", "8"],
-}
+BACKBONE = ["--arch", ARCH, "--patch_size", "32", "--weights", "none"]
+SIZES = {"pretrain.py": SHARED, "main.py": [*SHARED, "--n_samples", "2"], "tests/probe.py": SHARED}
+NETWORKS = {"pretrain.py": BACKBONE, "main.py": ["--rnn_hidden", "8"], "tests/probe.py": BACKBONE}
 
 
 def blocks() -> list[str]:
@@ -48,18 +45,18 @@ def commands() -> list[list[str]]:
 def reads_its_checkpoint(words: list[str]) -> bool:
     """Whether these flags make a script read its own checkpoint, which determines the network."""
     tasks = [word.removeprefix("--task=") for word in words if word.startswith("--task")]
-    return tasks not in ([], ["train"], ["probe"]) or any(word.startswith("--resume_training") for word in words)
+    return tasks not in ([], ["train"]) or any(word.startswith("--resume_training") for word in words)
 
 
 def run_as_written(script: str, words: list[str]) -> None:
     """Run a command of the README, with sizes that suit a test added to its flags."""
     module, sizes = SCRIPTS[script], SIZES[script]
-    utils.parse_flags(module.Settings, module.__doc__, words)
+    module.make_parser().parse_args(words)
     if not reads_its_checkpoint(words):
         sizes = [*sizes, *NETWORKS[script], "--overwrite"]
     if "--backbone" in words:
         sizes = [*sizes, "--backbone", "saved/pt_glimpse_model.tar"]
-    module.main(fit(module, [*words, *sizes]))
+    module.main([*words, *sizes])
 
 
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -84,22 +81,22 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         elif words[0] in BY_HAND:
             assert (ROOT / words[0]).exists()
         elif program == "torchrun" or "--gpus" in words:
-            module = SCRIPTS[words[script]]
-            utils.parse_flags(module.Settings, module.__doc__, words[script + 1 :])
+            SCRIPTS[words[script]].make_parser().parse_args(words[script + 1 :])
         else:
             run_as_written(words[0], words[1:])
             n_run += 1
     [in_python] = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
     exec(in_python.replace("data/saved_models", "saved"), {})
     assert "tensor(" in capsys.readouterr().out.splitlines()[-1]
-    drawings = sorted(re.sub(r"_[0-9a-f]{8}\.", ".", path.name) for path in Path("imgs").iterdir())
-    predicted = [f"predict_{name}.jpg" for name in ("another.png", "photo.jpg", "third.webp")]
-    assert drawings == ["contact_sheet.jpg", "glimpse_0.jpg", "glimpse_1.jpg", *predicted, "predictions.csv"]
+    drawings = {path.name for path in Path("imgs").iterdir()}
+    tested = {f"{file.stem}.jpg" for file in read_list("data/toy", "test").files}
+    assert len(drawings & tested) == 2
+    assert drawings - tested == {"contact_sheet.jpg", "another.jpg", "photo.jpg", "third.jpg", "predictions.csv"}
     assert n_run >= 10
 
 
 def test_defaults_that_differ_from_2018_are_those_of_the_flags() -> None:
-    defaults = {field.name: field.default for script in (pretrain, main) for field in fields(script.Settings)}
+    defaults = {**vars(pretrain.make_parser().parse_args([])), **vars(main.make_parser().parse_args([]))}
     named = re.findall(r"`--(\w+) ([^` ]+)`[^`(]*\(2018: ", README.replace("\n", " "))
     assert [name for name, _ in named] == ["supervision", "attention_lr", "lr_schedule"]
     for name, shown in named:
@@ -124,23 +121,28 @@ def test_birds_are_linked_into_folders_of_classes(tmp_path: Path) -> None:
     for part, n_images in (("train", 6), ("test", 2)):
         images = read_list(tmp_path, part)
         assert images.class_names == ["Black footed Albatross", "Laysan Albatross"]
-        assert len(images.files) == n_images and read_image(images.files[0], 20).size == (30, 20)
-        for file, birds in zip(images.files, read_dogs(images)):
+        assert len(images.files) == n_images
+        for file, annotation in zip(images.files, images.annotations):
+            image, birds = read_image(file, 20, annotation)
             left = int(file.stem) + 6
             expected = [left / 30, 2 / 20, (left + 12) / 30, 12 / 20]
-            assert birds.size == (30, 20) and birds.boxes.squeeze(0).tolist() == pytest.approx(expected)
+            assert image.size == (30, 20) and birds.squeeze(0).tolist() == pytest.approx(expected)
 
 
-def test_links_and_images_are_there() -> None:
-    def anchors(page: Path) -> set[str]:
-        titles = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.M)
-        return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+def anchors(page: Path) -> set[str]:
+    """The names by which a link reaches the headings of a page."""
+    titles = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
-    targets = re.findall(r"\]\(([^)]+)\)", README) + re.findall(r'src="([^"]+)"', README)
-    assert len(targets) > 10
-    for target in targets:
-        if not target.startswith("http"):
-            name, _, anchor = target.partition("#")
-            page = ROOT / (name or "README.md")
-            assert page.is_file(), target
-            assert not anchor or anchor in anchors(page), target
+
+@pytest.mark.parametrize(("page", "n_links"), [(ROOT / "README.md", 10), (ROOT / "tests" / "RESULTS.md", 1)])
+def test_links_and_images_are_there(page: Path, n_links: int) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    local = [target for target in targets if not target.startswith("http")]
+    assert len(targets) > n_links and local
+    for target in local:
+        name, _, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.is_file(), target
+        assert not anchor or anchor in anchors(linked), target

@@ -5,7 +5,7 @@ interrupted run. Delete that folder after changing the code or the data.
 """
 
 import argparse
-import re
+import json
 import statistics
 import subprocess
 import sys
@@ -36,26 +36,24 @@ COLUMNS = {
 }
 
 
-def run(script: str, flags: list[str]) -> str:
-    """Run a script of the repository and return what it printed."""
+def run(script: str, flags: list[str]) -> None:
+    """Run a script of the repository."""
     print(f"$ python {script} {' '.join(flags)}", flush=True)
-    command = [sys.executable, ROOT / script, *flags]
-    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+    subprocess.run([sys.executable, ROOT / script, *flags], check=True, stdout=subprocess.DEVNULL)
 
 
-def read_report(report: str) -> dict[str, float]:
-    """The figures that `--task=test` printed, by "policy <estimate> <name>" and "glimpse <t> <estimate> <name>"."""
+def read_figures(path: Path) -> dict[str, float]:
+    """The figures in a file of results, by "policy <estimate> <name>" and "glimpse <t> <estimate> <name>"."""
     figures = {}
-    lines = [line for line in report.splitlines() if line.startswith(("policy", "glimpse"))]
-    for line in lines:  # in columns: policy or glimpse, estimate, figures
-        subject, estimate = line[:15].strip(), line[15:35].strip()
-        start = f"{subject if subject.startswith('glimpse') else 'policy'} {estimate}"
-        figures |= {f"{start} {name}": float(x) for name, x in re.findall(r"(\w+) (\d+\.\d+)", line[35:])}
+    for subject, of_subject in json.loads(path.read_text(encoding="utf-8"))["figures"].items():
+        start = subject if subject.startswith("glimpse") else "policy"
+        for estimate, values in of_subject.items():
+            figures |= {f"{start} {estimate} {name}": value for name, value in values.items()}
     return figures
 
 
 def measure(data_dir: Path, out: Path, seed: int) -> dict[str, dict[str, float]]:
-    """Figures of every row for one seed."""
+    """Train and test all rows with a seed, but for those that are done. Returns the figures of each."""
     folder = out / f"seed_{seed}"
     data = ["--data_dir", str(data_dir), "--batch_size", "32"]
     training = [*data, "--lr", "1e-3", "--seed", str(seed), "--overwrite"]  # what an interrupted run left
@@ -64,13 +62,13 @@ def measure(data_dir: Path, out: Path, seed: int) -> dict[str, dict[str, float]]
         (folder / "done").touch()
     figures = {}
     for row, flags in ROWS.items():
-        place = ["--save_dir", str(folder / row.replace(",", "").replace(" ", "_"))]
-        report = Path(place[1]) / "test.txt"
-        if not report.exists():
-            backbone = ["--backbone", str(folder / "pt_glimpse_model.tar")]
+        save_dir = folder / row.replace(",", "").replace(" ", "_")
+        if not [*save_dir.glob("results_*.json")]:
+            place, backbone = ["--save_dir", str(save_dir)], ["--backbone", str(folder / "pt_glimpse_model.tar")]
             run("main.py", [*training, *place, *backbone, *CLASSIFIER, "--epochs", "10", *flags])
-            report.write_text(run("main.py", [*data, *place, "--task=test", "--seed", str(seed)]))
-        figures[row] = read_report(report.read_text())
+            run("main.py", [*data, *place, "--task=test", "--seed", str(seed)])
+        [results] = save_dir.glob("results_*.json")
+        figures[row] = read_figures(results)
     return figures
 
 
