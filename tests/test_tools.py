@@ -1,0 +1,421 @@
+"""The tools beside the scripts: the linear probe, pictures and tables of what runs left, the toy table, the demo."""
+
+import json
+import re
+from pathlib import Path
+
+import demo_figure
+import numpy as np
+import plot
+import probe
+import pytest
+import torch
+import toy_table
+from conftest import ARCH, BACKBONE, CPU, SMALL, annotate, draw_image, fails, flags_of, read, read_log, write_list
+from matplotlib import pyplot
+from PIL import Image
+from scipy.io import loadmat
+from scipy.stats import binomtest
+
+import dataset
+import main
+import pretrain
+import utils
+from model import build_backbone
+
+CLASSIFIER = ["--rnn_hidden", "8", "--k", "1", "--start_size", "4", "--n_glimpses", "2"]
+
+
+# --- the linear probe
+
+
+@pytest.fixture
+def colors(make_data) -> Path:
+    """Images of three classes, each of one color, no two of them alike."""
+    data_dir = make_data(n_train=12, n_test=8)
+    for i, folder in enumerate(sorted((data_dir / "Images").iterdir())):
+        for j, file in enumerate(sorted(folder.iterdir())):
+            color = [j] * 3
+            color[i] = 255 - j
+            Image.new("RGB", (64, 64), tuple(color)).save(file)
+    return data_dir
+
+
+def test_probe_is_the_optimum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(40, 5, generator=generator), torch.randint(3, (40,), generator=generator)
+    fitted = probe.fit_probe(features, labels, 3, weight_decay=0.1)
+    # Where the gradient vanishes: the sum over samples of (p - y) x / N balances the pull to zero of the weights.
+    excess = (fitted(features).softmax(-1) - torch.eye(3)[labels]) / 40
+    assert torch.allclose(excess.T @ features + 0.1 * fitted.weight, torch.zeros(3, 5), atol=1e-4)
+    assert torch.allclose(excess.sum(0), torch.zeros(3), atol=1e-4)
+
+
+def test_probe_reads_what_is_there(colors: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """With random weights, and with a backbone of an earlier run on larger images, unless that has seen what is tested.
+
+    Its predictions have the columns of those of main.py, and its figures follow from them.
+    """
+    out = tmp_path / "out"
+    argv = ["--data_dir", str(colors), "--save_dir", str(out), *SMALL, *BACKBONE]
+    probe.main(argv)
+    name = f"probe_{ARCH}_none_32"
+    *_, accuracy, where = capsys.readouterr().out.splitlines()
+    assert accuracy == "test:       100.0% right (24 of 24; 95 %: 86% to 100%)"
+    assert where == f"figures: {out / name}.json, predictions: {out / f'predictions_{name}.csv'}"
+    pretrain.main([*argv, "--epochs", "0"])
+    best = out / "pt_glimpse_model.tar"
+    larger = [*argv, "--patch_size", "64", "--weights", str(best)]
+    probe.main(larger)
+    assert f"at 64 pixels, features of {best} weights" in capsys.readouterr().out
+    names = [name, f"probe_{ARCH}_pt_glimpse_model_64"]
+    results = [json.loads((out / f"{name}.json").read_text()) for name in names]
+    assert [(result["images"], result["images_seen_in_training"]) for result in results] == [(24, 0), (24, 0)]
+    figures = results[1]["figures"]["probe"]["linear probe"]
+    assert figures["accuracy"] == 1 and figures["interval"] == pytest.approx([24 / (24 + 1.96**2), 1])
+    assert figures.keys() == {"accuracy", "mean_per_class", "top5", "nll", "interval"}
+    assert results[1]["settings"]["weights"] == str(best) and results[1]["versions"]["precision"] == "fp32"
+    small, large = (result["multiply_adds"]["linear probe"] for result in results)
+    assert 3.9 < large / small < 4.1
+    refused = fails(pretrain, [*argv, "--weights", str(best), "--save_dir", str(tmp_path / "other")])
+    assert refused == f"error: --weights {best} is a backbone of this script: --resume_training goes on with one"
+
+    rows, test = read_log(out / f"predictions_{name}.csv"), dataset.read_list(colors, "test")
+    assert list(rows[0]) == ["file", "estimate", "true_class", "true_probability", "class_1", "probability_1"] + [
+        f"{column}_{i}" for i in (2, 3) for column in ("class", "probability")
+    ]
+    assert [colors / row["file"] for row in rows] == test.files
+    assert [row["true_class"] for row in rows] == [test.class_names[label] for label in test.labels]
+    assert {row["estimate"] for row in rows} == {"linear probe"}
+    assert all(row["class_1"] == row["true_class"] and row["true_probability"] == row["probability_1"] for row in rows)
+    nll = -np.log([float(row["true_probability"]) for row in rows]).mean()
+    assert results[0]["figures"]["probe"]["linear probe"]["nll"] == pytest.approx(nll, abs=1e-5)
+
+    content, data = read(best), read(best)["data"]
+    [of_test] = dataset.check_images(flags_of(main), CPU, test)
+    for seen, use in ((data["validation"]["fingerprints"], "validation"), (of_test.fingerprints, "test")):
+        content["data"]["training"]["fingerprints"] = seen
+        torch.save(content, best)
+        assert re.search(rf"\d+ of the \d+ {use} images were used in training .*{best}, first ", fails(probe, larger))
+    content["data"] = {**data, "validation": {**data["validation"], "fingerprints": of_test.fingerprints}}
+    torch.save(content, best)
+    assert f"24 of the 24 test images were used in training the probe of {best}, first " in fails(probe, larger)
+
+
+def test_probe_chooses_the_weight_decay_on_validation(
+    make_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--data_dir", str(make_data()), "--save_dir", str(tmp_path), *SMALL, *BACKBONE]
+    probes, tested = {}, []
+
+    def fit(features: torch.Tensor, labels: torch.Tensor, n_classes: int, weight_decay: float) -> torch.nn.Linear:
+        """Right on all images with a weight decay of 0.01 only."""
+        fitted = torch.nn.Linear(features.shape[1], n_classes)
+        probes[fitted] = weight_decay
+        return fitted
+
+    def probabilities_of(fitted: torch.nn.Linear, features: torch.Tensor) -> torch.Tensor:
+        part = {6: "validation", 9: "test"}[len(features)]
+        if part == "test":
+            tested.append(probes[fitted])
+        truth = torch.arange(3).repeat_interleave(len(features) // 3)
+        return torch.eye(3)[truth if probes[fitted] == 0.01 else (truth + 1) % 3].unsqueeze(1)
+
+    monkeypatch.setattr(probe, "fit_probe", fit)
+    monkeypatch.setattr(probe, "probabilities_of", probabilities_of)
+    probe.main(argv)
+    results = json.loads((tmp_path / f"probe_{ARCH}_none_32.json").read_text())
+    assert tested == [0.01] and results["weight_decay"] == 0.01
+    assert list(probes.values()) == list(probe.WEIGHT_DECAYS)
+
+
+def test_results_of_a_probe_last_as_long_as_what_it_probed(colors: Path, tmp_path: Path) -> None:
+    """Training a classifier beside them leaves them; replacing the backbone removes those of the old one alone."""
+    argv = ["--data_dir", str(colors), "--save_dir", str(tmp_path), *SMALL]
+    pretrain.main([*argv, *BACKBONE, "--epochs", "0"])
+    probe.main([*argv, *BACKBONE])
+    of_none = {path.name for path in tmp_path.glob("*probe_*")}
+    probe.main([*argv, *BACKBONE, "--weights", str(tmp_path / "pt_glimpse_model.tar")])
+    both = {path.name for path in tmp_path.glob("*probe_*")}
+    main.main([*argv, *CLASSIFIER, "--epochs", "0"])
+    assert {path.name for path in tmp_path.glob("*probe_*")} == both and len(both) == 2 * len(of_none) == 4
+    pretrain.main([*argv, *BACKBONE, "--epochs", "0", "--overwrite"])
+    assert {path.name for path in tmp_path.glob("*probe_*")} == of_none
+
+
+def read_list_file(path: Path) -> tuple[list[str], list[int]]:
+    """Names and labels, from 1, of an official list."""
+    content = loadmat(path)
+    return [name.item() for name in content["file_list"].ravel()], [int(label) for label in content["labels"].ravel()]
+
+
+def test_probe_refuses_its_own_training_images(colors: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """In its test list, unless they are 1 % at most, which are counted; and a class that it was not trained on."""
+    argv = ["--data_dir", str(colors), "--save_dir", str(tmp_path), *SMALL, *BACKBONE]
+    train_path, test_path = (colors / "lists" / f"{part}_list.mat" for part in ("train", "test"))
+    names, labels = read_list_file(test_path)
+    seen = dataset.read_training_lists(colors, 0.3)
+    for images in seen:
+        twin = images.files[0].relative_to(colors / "Images").as_posix()
+        write_list(test_path, [*names, twin], [*labels, images.labels[0] + 1])
+        line = fails(probe, argv)
+        assert line.startswith("error: 1 of the 25 test images were used in training the probe of none, first ")
+        assert line.endswith(f"{twin}: see --data_dir and --valid_size")
+    folder = Path(names[0]).parent
+    for i in range(75):
+        draw_image(np.random.default_rng(i), 40, 40).save(colors / "Images" / folder / f"more_{i}.png")
+    more = [f"{folder}/more_{i}.png" for i in range(75)]
+    write_list(test_path, [*names, *more, twin], [*labels, *([labels[0]] * 75), images.labels[0] + 1])
+    capsys.readouterr()
+    probe.main(argv)
+    assert "note: 1 of the 100 test images were used in training too" in capsys.readouterr().out
+    results = json.loads((tmp_path / f"probe_{ARCH}_none_32.json").read_text())
+    assert (results["images"], results["images_seen_in_training"]) == (100, 1)
+    write_list(test_path, names[:8], [1] * 8)  # a class is missing: that is said
+    probe.main(argv)
+    assert "note: no test images of 2 of 3 classes, first toy breed 2" in capsys.readouterr().out
+    write_list(train_path, *zip(*[row for row in zip(*read_list_file(train_path)) if row[1] < 3]))
+    write_list(test_path, names, labels)
+    line = fails(probe, argv)
+    assert "toy_breed_3 that the probe of none lacks: rename it, perhaps to toy breed " in line
+
+
+def test_probe_ends_in_a_line_for_a_mistake(colors: Path, tmp_path: Path) -> None:
+    argv = ["--data_dir", str(colors), "--save_dir", str(tmp_path / "out"), *SMALL, *BACKBONE]
+    assert "'33' is not a multiple of 32" in fails(probe, [*argv, "--patch_size", "33"])
+    assert f"{tmp_path / 'no.tar'} not found" in fails(probe, [*argv, "--weights", str(tmp_path / "no.tar")])
+    torch.save({"model_dict": build_backbone("resnet18").state_dict()}, tmp_path / "other.tar")
+    assert "(is --arch narrow right?) does not fit" in fails(probe, [*argv, "--weights", str(tmp_path / "other.tar")])
+    victim = dataset.read_list(colors, "test").files[3]
+    victim.write_bytes(b"no image")
+    line = fails(probe, argv)
+    assert re.match(rf"error: 1 of \d+ images cannot be used: image {victim} cannot be read \(not an", line)
+    probe.main([*argv, "--skip_bad_images"])
+    assert len(read_log(tmp_path / "out" / f"predictions_probe_{ARCH}_none_32.csv")) == 23
+    (colors / "lists" / "test_list.mat").unlink()
+    assert f"--data_dir: {colors} has no test images" in fails(probe, argv)
+    (tmp_path / "file").write_text("")
+    assert "cannot write to the folder" in fails(probe, [*argv, "--save_dir", str(tmp_path / "file")])
+
+
+# --- pictures and tables of what runs left
+
+
+def test_learning_curves_are_drawn_from_the_logs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, log in (("a", "log.csv"), ("b", "pt_log.csv")):
+        (tmp_path / name).mkdir()
+        accuracy = "valid_accuracy" if log == "log.csv" else "valid_accuracy_123"
+        rows = [f"epoch,train_loss,valid_nll,{accuracy}", "1,2.5,1.5,0.2", "2,1.5,1.1,0.6"]
+        (tmp_path / name / log).write_text("\n".join(rows))
+    out = tmp_path / "curves.png"
+    plot.main(["curves", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)])
+    assert capsys.readouterr().out == f"curves drawn in {out}\n"
+    with Image.open(out) as image:
+        assert image.size[0] > 2 * image.size[1] and len(image.convert("RGB").getcolors(2**16)) > 50
+    figure = pyplot.gcf()
+    drawn = [[line.get_ydata() for line in panel.get_lines()] for panel in figure.axes]
+    assert [[tuple(line) for line in panel] for panel in drawn] == [
+        [(2.5, 1.5)] * 2,
+        [(1.5, 1.1)] * 2,
+        [(0.2, 0.6)] * 2,
+    ]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
+        f"{tmp_path / 'a'}, classifier",
+        f"{tmp_path / 'b'}, pre-training",
+    ]
+    with pytest.raises(SystemExit, match="no pt_log.csv or log.csv in"):
+        plot.main(["curves", str(tmp_path)])
+
+
+def test_rivals_are_drawn_from_what_tests_and_probes_wrote(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def write(path: Path, subject: str, figures: dict[str, tuple[float, int]], **settings: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = {name: {"accuracy": x, "interval": [x - 0.1, x + 0.2]} for name, (x, _) in figures.items()}
+        cost = {name: cost for name, (_, cost) in figures.items()}
+        content = {"images": 50, "multiply_adds": cost, "figures": {subject: values, "glimpse 1": values}}
+        content["backbone"] = {"arch": "resnet18", "patch_size": 32}
+        path.write_text(json.dumps({**content, "settings": settings}))
+
+    sizes = {"k": "1", "start_size": "2", "n_glimpses": "2", "classify_context": "False"}
+    estimates = {"deterministic": (0.5, 3 * 10**9), "average of 7": (0.6, 9 * 10**9)}
+    write(tmp_path / "1" / "results_learned.json", "policy learned", estimates, policy="learned", **sizes)
+    of_k_2 = {"policy": "learned", **sizes, "k": "2"}
+    write(tmp_path / "2" / "3" / "results_learned.json", "policy learned", estimates, **of_k_2)
+    of_probe, context = {"arch": "resnet50", "weights": "a/b.pth", "patch_size": "96"}, {"classify_context": "True"}
+    write(tmp_path / "probe_96.json", "probe", {"linear probe": (0.3, 10**9)}, **of_probe)
+    of_grid = {"policy": "grid", **sizes, **context}
+    write(tmp_path / "4" / "results_grid.json", "policy grid", {"deterministic": (0.4, 10**9)}, **of_grid)
+    write(tmp_path / "pt_results.json", "heads", {"23": (0.2, 2 * 10**9)}, **of_probe)
+    (tmp_path / "other.json").write_text("[]")
+    plot.main(["rivals", str(tmp_path), "--out", str(tmp_path / "rivals.png")])
+    assert capsys.readouterr().out.splitlines()[2:-1] == [
+        "| grid, with context | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 1.0 | 40.0 | 30.0 to 60.0 |",
+        "| heads of pre-training | head 23, resnet50 at 96 pixels | 2.0 | 20.0 | 10.0 to 40.0 |",
+        "| learned | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 3.0 | 50.0 | 40.0 to 70.0 |",
+        "| learned | k 2, start_size 2, 2 glimpses, resnet18 at 32 pixels | 3.0 | 50.0 | 40.0 to 70.0 |",
+        "| learned, average of 7 | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 9.0 | 60.0 | 50.0 to 80.0 |",
+        "| learned, average of 7 | k 2, start_size 2, 2 glimpses, resnet18 at 32 pixels | 9.0 | 60.0 | 50.0 to 80.0 |",
+        "| linear probe, weights b | central square, resnet50 at 96 pixels | 1.0 | 30.0 | 20.0 to 50.0 |",
+    ]
+    [panel] = pyplot.gcf().axes
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == [
+        *("grid, with context", "heads of pre-training"),
+        *("learned", "learned, average of 7", "linear probe, weights b"),
+    ]
+    labels = [text.get_text() for text in panel.texts]
+    assert labels == ["(1, 2) x 2", "23", *(2 * ["(1, 2) x 2", "(2, 2) x 2"]), "96 px"]
+    with Image.open(tmp_path / "rivals.png") as image:
+        assert len(image.convert("RGB").getcolors(2**16)) > 50
+    with pytest.raises(SystemExit, match="no results_"):
+        plot.main(["rivals", str(tmp_path / "2" / "3" / "none")])
+    of_others = {"results_grid_my_photos.json": ("policy grid", "deterministic", of_grid)}
+    of_others["pt_results_my_photos.json"] = ("heads", "23", of_probe)
+    for name, (subject, estimate, settings) in of_others.items():  # of tests on other images
+        write(tmp_path / "5" / name, subject, {estimate: (0.4, 10**9)}, **settings)
+    curves = [rival.curve for rival in plot.read_rivals([tmp_path / "5"])]
+    assert curves == ["grid, with context, my_photos", "heads of pre-training, my_photos"]
+
+
+def test_rivals_stand_at_their_cost() -> None:
+    """Only those of the same cost in the table stand side by side, 1 % at most from where they belong."""
+    costs = [5.94, 5.27, 8.16, 5.94, 2.96, 2.99, 2.972, 11.8]
+    rivals = [plot.Rival("", "", "", round(1e9 * cost), 0.5, (0.4, 0.6), 10) for cost in costs]
+    moved = [place / cost - 1 for place, cost in zip(plot.side_by_side(rivals), costs)]
+    assert moved == pytest.approx([-0.01, 0, 0, 0.01, -0.01, 0.01, 0, 0])
+
+
+def write_predictions(path: Path, estimates: dict[str, str], truth: str, start: int = 0) -> None:
+    """A table of predictions: for each estimate a letter for the predicted class of each image, in order."""
+    rows = [
+        {"file": f"test/{start + i}.jpg", "estimate": estimate, "true_class": true, "class_1": predicted}
+        for estimate, answers in estimates.items()
+        for i, (true, predicted) in enumerate(zip(truth, answers, strict=True))
+    ]
+    utils.write_table(path, rows)
+
+
+def test_classes_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "predictions.csv"
+    write_predictions(path, {"deterministic": "dddcdcw", "average of 7": "ccccddw"}, "ccccddw")
+    plot.main(["classes", str(path)])
+    assert capsys.readouterr().out.splitlines() == [
+        "3 of 7 images right, deterministic",
+        "  25.0% of    4  c",
+        "  50.0% of    2  d",
+        " 100.0% of    1  w",
+        "c taken for d: 3 of 4",
+        "d taken for c: 1 of 2",
+    ]
+    plot.main(["classes", str(path), "--estimate", "average of 7"])
+    assert capsys.readouterr().out.splitlines()[0] == "7 of 7 images right, average of 7"
+    many = "abcdefghijklmnopqrst"
+    write_predictions(path, {"deterministic": many[1:] + many[0]}, many)
+    plot.main(["classes", str(path)])
+    assert sum(" taken for " in line for line in capsys.readouterr().out.splitlines()) == plot.N_CONFUSIONS == 10
+    with pytest.raises(SystemExit, match="error: .* has no estimate average of 7, only: deterministic"):
+        plot.main(["classes", str(path), "--estimate", "average of 7"])
+    with pytest.raises(SystemExit, match="error: .*none.csv not found"):
+        plot.main(["classes", str(tmp_path / "none.csv")])
+    path.write_text("epoch,loss\n1,2\n")
+    with pytest.raises(SystemExit, match="error: .* is no table of predictions"):
+        plot.main(["classes", str(path)])
+
+
+def test_comparison_is_paired(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """On the images that both tables have, by file name. On paper: 30 images only A gets right, 10 only B."""
+    a, b = tmp_path / "a.csv", tmp_path / "b.csv"
+    n_both, n_neither = 100, 60
+    right_a = "c" * n_both + "c" * 30 + "d" * 10 + "d" * n_neither
+    right_b = "c" * n_both + "d" * 30 + "c" * 10 + "d" * n_neither
+    write_predictions(a, {"deterministic": right_a + "d" * 5}, "c" * 205)  # five images that the other lacks
+    write_predictions(b, {"linear probe": right_b}, "c" * 200)
+    plot.main(["compare", str(a), str(b)])
+    spread = 1.96 * np.std([1] * 30 + [-1] * 10 + [0] * 160) / np.sqrt(200)
+    p = binomtest(30, 40).pvalue
+    assert capsys.readouterr().out.splitlines() == [
+        "200 images in both, 5 in one only",
+        f"A: 65.0% right, 30 where the other is wrong ({a}, deterministic)",
+        f"B: 55.0% right, 10 where the other is wrong ({b}, linear probe)",
+        f"A - B: +10.0 points (95 %: {10 - 100 * spread:+.1f} to {10 + 100 * spread:+.1f}); McNemar's exact p {p:.2g}",
+    ]
+    write_predictions(b, {"deterministic": "d" * 205, "average of 7": right_a + "d" * 5}, "c" * 205)
+    plot.main(["compare", str(a), str(b), "--estimates", "deterministic", "average of 7"])
+    assert capsys.readouterr().out.splitlines()[-1] == "A - B: +0.0 points (95 %: +0.0 to +0.0); McNemar's exact p 1"
+    write_predictions(b, {"deterministic": right_b}, "c" * 199 + "w")
+    with pytest.raises(SystemExit, match=f"error: test/199.jpg is c in {a} and w in {b}"):
+        plot.main(["compare", str(a), str(b)])
+    write_predictions(b, {"deterministic": right_b}, "c" * 200, start=1000)
+    with pytest.raises(SystemExit, match=f"error: {a} and {b} have no image in common"):
+        plot.main(["compare", str(a), str(b)])
+
+
+@pytest.mark.parametrize("pair", [(0, 0), (1, 0), (0, 6), (83, 104), (391, 259), (7, 7)])
+def test_p_is_that_of_mcnemars_exact_test(pair: tuple[int, int]) -> None:
+    wanted = binomtest(pair[0], sum(pair)).pvalue if sum(pair) else 1
+    assert plot.mcnemar(*pair) == pytest.approx(wanted)
+
+
+# --- the toy table and the end of the demo
+
+
+def test_toy_table_is_of_the_results_and_continued(
+    make_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    data_dir, out, calls = make_data(), tmp_path / "table", []
+    for i, file in enumerate(dataset.read_list(data_dir, "test").files):
+        annotate(data_dir, {file: [(4, 4, 6, 6 if i % 2 else 4.5)]}, 10, 10)
+
+    def run_here(script: str, flags: list[str]) -> None:  # in this process, which has PyTorch loaded
+        calls.append(script)
+        {"pretrain.py": pretrain, "main.py": main}[script].main([*flags, *SMALL])
+
+    monkeypatch.setattr(toy_table, "run", run_here)
+    monkeypatch.setattr(toy_table, "BACKBONE", [*toy_table.BACKBONE[:-1], "1", "--arch", ARCH])
+    once = ["--rnn_hidden", "8", "--epochs", "1"]
+    monkeypatch.setattr(toy_table, "ROWS", {"learned": once, "one, center": [*once, "--policy", "center"]})
+    for _ in range(2):
+        toy_table.main(["--data_dir", str(data_dir), "--out", str(out), "--seeds", "3", "4"])
+        for seed, accuracy in ((3, 0.1), (4, 0.3)):
+            path = out / f"seed_{seed}" / "one_center" / "results_center.json"
+            results = json.loads(path.read_text())
+            results["figures"]["policy center"]["deterministic"]["accuracy"] = accuracy
+            path.write_text(json.dumps(results))
+    assert calls == 2 * ["pretrain.py", *(4 * ["main.py"])]  # nothing is run twice
+    lines = capsys.readouterr().out.splitlines()
+    learned, center = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[-2:])
+    assert len(learned) == len(center) == 1 + len(toy_table.COLUMNS)
+    assert (learned[0], center[0]) == tuple(toy_table.ROWS)
+    assert center[1] == "20.0 ± 14.1"
+    assert center[2] == center[5] == "" and center[4] == "44.4 ± 0.0"  # 4 of 9 boxes hold the middle
+
+
+def test_demo_ends_with_its_figures_and_a_picture(
+    make_data, save_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data_dir = make_data(n_test=6)
+    annotate(data_dir, {file: [(0, 0, 30, 40)] for file in dataset.read_list(data_dir, "test").files}, 60, 64)
+    shared, untrained = ["--data_dir", str(data_dir), *SMALL], tmp_path / "untrained"
+    backbone = ["--backbone", str(save_dir / "pt_glimpse_model.tar"), *CLASSIFIER]
+    main.main([*shared, *backbone, "--save_dir", str(untrained), "--epochs", "0"])
+    main.main([*shared, *backbone, "--save_dir", str(save_dir), "--epochs", "1"])
+    for policy in demo_figure.POLICIES:
+        main.main([*shared, "--save_dir", str(save_dir), "--task=test", "--policy", policy])
+    capsys.readouterr()
+    out, folders = tmp_path / "imgs" / "demo.jpg", {"data_dir": data_dir, "untrained": untrained, "trained": save_dir}
+    demo_figure.main([word for name, value in {**folders, "out": out}.items() for word in (f"--{name}", str(value))])
+    header, *rows, last = capsys.readouterr().out.splitlines()
+    assert re.split("  +", header) == ["test set, in %", *demo_figure.COLUMNS] and last.endswith(f": {out}")
+    for policy, row in zip(demo_figure.POLICIES, rows, strict=True):
+        figures = json.loads((save_dir / f"results_{policy}.json").read_text())["figures"]
+        values = [of_estimate["accuracy"] for of_estimate in figures[f"policy {policy}"].values()]
+        hit_rate = figures["glimpse 1"]["sampled trajectory" if policy == "random" else "deterministic"]["hit_rate"]
+        assert row.split() == [policy, *(f"{100 * value:.1f}" for value in [*values, hit_rate])]
+    examples = demo_figure.draw_examples(data_dir, untrained, save_dir)
+    assert list(examples) in (["before training", "after training", "a mistake"], ["before training", "after training"])
+    with Image.open(out) as image:
+        pixels, top = np.asarray(image).astype(int), 10
+        for panel in examples.values():
+            top += 26  # of the title
+            assert np.abs(pixels[top : top + panel.height, 10 : 10 + panel.width] - panel).mean() < 4
+            top += panel.height + 10
+        assert (pixels[top + 26 :] < 128).any()  # the table
