@@ -7,6 +7,7 @@ Scales are in quarters of the image side: a patch of scale q covers q/4 of the s
 
 import contextlib
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -158,17 +159,18 @@ def draw_dogs(image: Image.Image, boxes: Tensor) -> Image.Image:
 
 
 def draw_attention(context: Image.Image, attention: Tensor) -> Image.Image:
-    """Copy the context, write the weights [4] on its quadrants, and darken all but the quadrant of the largest."""
-    half = context.width // 2
-    image = Image.new("RGB", context.size)
+    """Copy the context, darken its c x c cells by the weights [c c] in rows, and write those of quadrants on them."""
+    side = math.isqrt(len(attention))
+    image, edges = context.copy(), [round(i * context.width / side) for i in range(side + 1)]
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
     for i, weight in enumerate(attention.tolist()):
-        left, top = half * (i % 2), half * (i // 2)  # top left, top right, bottom left, bottom right
+        row, column = divmod(i, side)
+        box = edges[column], edges[row], edges[column + 1], edges[row + 1]
         brightness = 0.3 + 0.7 * weight / attention.max().item()
-        quadrant = context.crop((left, top, left + half, top + half))
-        image.paste(quadrant.point([round(value * brightness) for value in range(256)] * 3), (left, top))
-        center = left + half / 2, top + half / 2
-        draw.text(center, f"{weight:.2f}", "white", font, "mm", stroke_width=1, stroke_fill="black")
+        image.paste(context.crop(box).point([round(value * brightness) for value in range(256)] * 3), box[:2])
+        if side == 2:
+            center = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+            draw.text(center, f"{weight:.2f}", "white", font, "mm", stroke_width=1, stroke_fill="black")
     return image
 
 
@@ -184,9 +186,9 @@ def draw_panel(
 ) -> Image.Image:
     """Draw a trajectory over one image: the canvas with its boxes, and for each glimpse the attention and the patches.
 
-    canvas: uint8 [3, S, S]; location: [T, 2]; attention: [T, 4], or None if the policy uses none; caption: one or more
-    lines; predictions: T lines, what is predicted after each glimpse; dogs: annotated boxes [n, 4], if any. Pixels and
-    boxes of glimpses are those the network uses.
+    canvas: uint8 [3, S, S]; location: [T, 2]; attention: [T, c c], or None if the policy uses none; caption: one or
+    more lines; predictions: T lines, what is predicted after each glimpse; dogs: annotated boxes [n, 4], if any. Pixels
+    and boxes of glimpses are those the network uses.
     """
     pyramid = build_pyramid(canvas.unsqueeze(0), scales, patch_size)
     context = extract_patches(pyramid, torch.zeros(1, 1, 2), (FULL_SCALE,), patch_size)[0, 0, 0]  # [3, P, P]

@@ -37,7 +37,7 @@ from model import POLICIES, SUPERVISIONS, RecurrentAttention, Rollout, attention
 from utils import Machine, UserError
 
 FILES = ("saved_model.tar", "last.tar", "log.csv", "results_*.json", *(f"predictions_{name}*.csv" for name in POLICIES))
-NETWORK = ("k", "start_size", "n_glimpses", "rnn_hidden", "std_dev", "classify_context")  # of `RecurrentAttention`
+NETWORK = ("k", "start_size", "n_glimpses", "rnn_hidden", "std_dev", "classify_context", "cells")  # the model's
 BACKBONE_OF_2018 = {"arch": "resnet50", "patch_size": "96"}  # its file holds only the weights
 N_BEST = 5  # most probable classes to list
 N_ON_SHEET = 40  # images on the contact sheet
@@ -60,6 +60,8 @@ def make_parser() -> utils.Parser:
     network("--rnn_hidden", type=utils.positive_count, default=2048, help="hidden units of the LSTM")
     network("--std_dev", type=utils.positive, default=0.2, help="standard deviation of the location, before tanh")
     network("--classify_context", **utils.SWITCH, help="let the LSTM read the context beside the glimpse")
+    network("--cells", type=utils.positive_count, default=2, help="cells along a side of the context, to attend to: 2 "
+            "as in 2018, at most a sixteenth of --patch_size, 6")  # fmt: skip
     network("--policy", default="learned", choices=POLICIES, help="where to look: learned; or a baseline: center, "
             "random, grid, oracle (annotated box)")  # fmt: skip
     use = parser.add_argument_group("test, view_glimpses and predict").add_argument
@@ -209,8 +211,9 @@ def read_backbone(
     """
     path = Path(args.backbone) if args.backbone else args.save_dir / pretrain.FILES[0]
     content = utils.load_checkpoint(path, "make it with `python pretrain.py`, or see --backbone", "model_dict")
-    if "backbone" in content:
-        raise UserError(f"--backbone {path} is a classifier of main.py: give pt_glimpse_model.tar of pretrain.py")
+    if "backbone" in content or "settings" in content and "versions" not in content:
+        what = "a classifier of main.py" if "backbone" in content else "of an earlier version of this repository"
+        raise UserError(f"--backbone {path} is {what}: give pt_glimpse_model.tar of pretrain.py")
     content = {"settings": BACKBONE_OF_2018, "data": {}, **content}  # that of 2018 has only the weights
     seen = dataset.seen_by(content["data"], ("training",))
     dataset.refuse_seen_images(valid_list, seen, path, "validation")
@@ -419,7 +422,7 @@ class Prediction(NamedTuple):
     estimate: str  # its name: "average of n" over the sampled trajectories where the policy has any
     # Where the deterministic trajectory looked, or the first sampled one of policy "random", and what it predicted.
     location: Tensor  # [T, 2], centres of the glimpses: (x, y) in (-1, 1), x to the right, y down
-    attention: Tensor | None  # [T, 4], over top left, top right, bottom left, bottom right; of policy "learned" only
+    attention: Tensor | None  # [T, c c], over the cells of the context, row by row; of policy "learned" only
     drawn: Tensor  # [T, C], probabilities after each glimpse
     canvas: Tensor  # uint8 [3, S, S], the central square of the image
     boxes: Tensor  # [n, 4], of annotated dogs, as fractions of the canvas side

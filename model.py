@@ -1,7 +1,8 @@
 """Networks: the backbone, its pre-training heads, and the recurrent attention model with its rollout and loss.
 
 Shapes: B images, M trajectories per image, T glimpses per trajectory, k patches per glimpse, P patch side, S canvas
-side, D backbone features, H hidden units, C classes. Locations are (x, y) in (-1, 1), x to the right, y down.
+side, D backbone features, c cells along a side of the context, H hidden units, C classes. Locations are (x, y) in
+(-1, 1), x to the right, y down.
 """
 
 import copy
@@ -116,11 +117,12 @@ class PretrainNetwork(nn.Module):
 class GlimpseNetwork(nn.Module):
     """Features of the context and of glimpses from the frozen backbone, its BatchNorm folded into the weights."""
 
-    def __init__(self, *, backbone: nn.Sequential, patch_size: int, scales: tuple[int, ...]) -> None:
+    def __init__(self, *, backbone: nn.Sequential, patch_size: int, scales: tuple[int, ...], cells: int) -> None:
         super().__init__()
         self.backbone = fold_batchnorm(backbone).requires_grad_(False)
         self.patch_size = patch_size
         self.scales = scales
+        self.cells = cells
         self.canvas_size = canvas_size(patch_size, scales[0])
         self.compiled = False
 
@@ -158,11 +160,11 @@ class GlimpseNetwork(nn.Module):
 
     @torch.no_grad()
     def context(self, pyramid: dict[int, Tensor]) -> Tensor:
-        """Features of the whole image, averaged over each quadrant: [B, D, 2, 2]."""
+        """Features of the whole image, averaged over each of c x c cells: [B, D, c, c]."""
         level = pyramid[FULL_SCALE]
         center = torch.zeros(len(level), 1, 2, device=level.device)
         image = extract_patches(pyramid, center, (FULL_SCALE,), self.patch_size)  # [B, 1, 1, 3, P, P]
-        return F.adaptive_avg_pool2d(self.features(normalize(image.flatten(0, 2))), 2).float()
+        return F.adaptive_avg_pool2d(self.features(normalize(image.flatten(0, 2))), self.cells).float()
 
     @torch.no_grad()
     def forward(self, pyramid: dict[int, Tensor], location: Tensor) -> Tensor:
@@ -174,7 +176,7 @@ class GlimpseNetwork(nn.Module):
 
 
 class LocationNetwork(nn.Module):
-    """Soft attention over the quadrants of the context (Lu et al., arXiv 1612.01887, eq. 6 and 7)."""
+    """Soft attention over the c x c cells of the context (Lu et al., arXiv 1612.01887, eq. 6 and 7)."""
 
     def __init__(self, *, n_features: int, rnn_hidden: int, n_attention: int = 1024) -> None:
         super().__init__()
@@ -184,16 +186,16 @@ class LocationNetwork(nn.Module):
         self.score = nn.Linear(n_attention, 1, bias=False)
 
     def forward(self, context: Tensor, hidden: Tensor, step: int) -> Tensor:
-        """Context [B, D, 2, 2] and hidden state [B, M, H] before glimpse `step` (from 0) -> attention [B, M, 4].
+        """Context [B, D, c, c] and hidden state [B, M, H] before glimpse `step` (from 0) -> attention [B, M, c c].
 
         Before the first glimpse the hidden state is zero, so a 1x1 convolution scores the context alone.
         """
         if step == 0:
-            score = self.first(context).flatten(1).unsqueeze(1).expand(-1, hidden.shape[1], -1)  # [B, M, 4]
+            score = self.first(context).flatten(1).unsqueeze(1).expand(-1, hidden.shape[1], -1)  # [B, M, c c]
         else:
-            quadrants = self.from_context(context.flatten(2).transpose(1, 2))  # [B, 4, A]
-            mixed = torch.tanh(quadrants.unsqueeze(1) + self.from_hidden(hidden).unsqueeze(2))  # [B, M, 4, A]
-            score = self.score(mixed).squeeze(-1)  # [B, M, 4]
+            cells = self.from_context(context.flatten(2).transpose(1, 2))  # [B, c c, A]
+            mixed = torch.tanh(cells.unsqueeze(1) + self.from_hidden(hidden).unsqueeze(2))  # [B, M, c c, A]
+            score = self.score(mixed).squeeze(-1)  # [B, M, c c]
         return F.softmax(score.float(), dim=-1)
 
 
@@ -208,7 +210,7 @@ class BaselineNetwork(nn.Module):
         self.linear = nn.Linear(n_features + rnn_hidden, 1)
 
     def forward(self, pooled: Tensor, hidden: Tensor) -> Tensor:
-        """Context averaged over its quadrants [B, M, D] and hidden state [B, M, H] -> [B, M]."""
+        """Context averaged over its cells [B, M, D] and hidden state [B, M, H] -> [B, M]."""
         return torch.sigmoid(self.linear(torch.cat([pooled, hidden], dim=-1)).squeeze(-1).float())
 
 
@@ -217,16 +219,20 @@ class Rollout(NamedTuple):
 
     logits: Tensor  # [B, M, T, C], of the breed, after each glimpse
     location: Tensor  # [B, M, T, 2], centres of the glimpses
-    attention: Tensor  # [B, M, T, 4], over top left, top right, bottom left, bottom right; detached
+    attention: Tensor  # [B, M, T, c c], over the cells of the context, row by row; detached
     log_prob: Tensor  # [B, M, T], of the sampled location; its gradient reaches only the location network
     baseline: Tensor  # [B, M, T], expected reward before the glimpse
 
 
 def location_mean(attention: Tensor) -> Tensor:
-    """Mean location before tanh: the corners of the image weighted by attention. [..., 4] -> [..., 2]."""
-    top_left, top_right, bottom_left, bottom_right = attention.unbind(-1)
-    x = top_right + bottom_right - top_left - bottom_left
-    y = bottom_left + bottom_right - top_left - top_right
+    """Mean location before tanh: c x c places, the outermost at the image's corners, weighted by attention.
+
+    attention: [..., c c], in rows. Returns [..., 2].
+    """
+    weights, side = attention.unbind(-1), math.isqrt(attention.shape[-1])
+    axis = [1 - 2 * i / (side - 1) for i in range(side)]  # from 1 to -1: at c = 2 the sums round as in 2018
+    x = sum(axis[i] * weights[row * side + side - 1 - i] for i in range(side) for row in range(side))
+    y = sum(axis[i] * weights[(side - 1 - i) * side + column] for i in range(side) for column in range(side))
     return torch.stack([x, y], dim=-1)
 
 
@@ -258,13 +264,17 @@ class RecurrentAttention(nn.Module):
         rnn_hidden: int,
         std_dev: float,
         classify_context: bool,
+        cells: int,
     ) -> None:
         super().__init__()
+        if not 2 <= cells <= patch_size // 16:
+            raise ValueError(f"--cells {cells} is not from 2 to {patch_size // 16}, a sixteenth of the patch size")
         self.n_glimpses = n_glimpses
         self.std_dev = std_dev
         self.classify_context = classify_context
         self.n_features = n_features = feature_size(backbone)
-        self.glimpse = GlimpseNetwork(backbone=backbone, patch_size=patch_size, scales=patch_scales(k, start_size))
+        scales = patch_scales(k, start_size)
+        self.glimpse = GlimpseNetwork(backbone=backbone, patch_size=patch_size, scales=scales, cells=cells)
         self.locate = LocationNetwork(n_features=n_features, rnn_hidden=rnn_hidden)
         self.baseline = BaselineNetwork(n_features=n_features, rnn_hidden=rnn_hidden)
         self.rnn = nn.LSTMCell((k + classify_context) * n_features, rnn_hidden)
@@ -282,7 +292,7 @@ class RecurrentAttention(nn.Module):
         B, M = noise.shape[:2]
         pyramid = build_pyramid(canvas, self.glimpse.scales, self.glimpse.patch_size)
         if policy == "learned" or self.classify_context:
-            V = self.glimpse.context(pyramid)  # [B, D, 2, 2]
+            V = self.glimpse.context(pyramid)  # [B, D, c, c]
         else:  # a policy that looks at no context does not pay for one
             V = torch.zeros(B, self.n_features, 2, 2, device=canvas.device)
         pooled = V.mean((2, 3)).unsqueeze(1).expand(-1, M, -1)  # [B, M, D]
@@ -291,7 +301,7 @@ class RecurrentAttention(nn.Module):
         for t in range(self.n_glimpses):
             state = h_t.detach().view(B, M, -1)
             b_t = self.baseline(pooled, state)  # [B, M]
-            a_t = self.locate(V, state, t)  # [B, M, 4]
+            a_t = self.locate(V, state, t)  # [B, M, c c]
             l_t, log_pi = self.sample_location(a_t, noise[:, :, t], policy, t)  # [B, M, 2], [B, M]
             g_t = self.glimpse(pyramid, l_t)  # [B, M, k D]
             if self.classify_context:
@@ -312,7 +322,7 @@ class RecurrentAttention(nn.Module):
         return [p for p in self.parameters() if p.requires_grad and id(p) not in later_ids], later
 
     def sample_location(self, attention: Tensor, noise: Tensor, policy: str, step: int) -> tuple[Tensor, Tensor]:
-        """Attention [B, M, 4] and noise [B, M, 2] -> location [B, M, 2] and its log-probability [B, M]."""
+        """Attention [B, M, c c] and noise [B, M, 2] -> location [B, M, 2] and its log-probability [B, M]."""
         if policy == "learned":
             mean = location_mean(attention)
             sample = (mean + self.std_dev * noise).detach()

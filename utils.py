@@ -110,7 +110,10 @@ N_WORKERS = max(1, min(N_CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the commands of the script's docstring as they are."""
+    """Shows defaults, unless they are empty, and the commands of the script's docstring as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in ("", []) else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -167,7 +170,7 @@ def parse_flags(
         raise UserError("--resume_training continues a run and --overwrite replaces it: leave one of them out")
     hint = "there is no run to resume, leave --resume_training out" if trains else "train first, or see --save_dir"
     path = args.save_dir / files[1 if trains else 0]
-    checkpoint = load_checkpoint(path, hint, "model_dict", "settings", "data", "epoch")
+    checkpoint = load_checkpoint(path, hint, "model_dict", "settings", "data", "epoch", "versions")
     parser.set_defaults(**checkpoint["settings"])  # texts, which argparse converts as it does those of the command line
     args, stored = parser.parse_args(argv), parser.parse_args([])
     for name in checkpoint["settings"]:

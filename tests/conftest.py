@@ -60,8 +60,8 @@ model.ARCHITECTURES.append(ARCH)
 
 def save_backbone(path: Path, arch: str = ARCH) -> None:
     """A backbone for 32-pixel patches, as pretrain.py saves it."""
-    settings = {"arch": arch, "patch_size": "32"}
-    torch.save({"model_dict": build_backbone(arch).state_dict(), "settings": settings, "data": {}}, path)
+    described = {"settings": {"arch": arch, "patch_size": "32"}, "data": {}, "versions": {}}
+    torch.save({"model_dict": build_backbone(arch).state_dict(), **described}, path)
 
 
 # --- runs
@@ -280,7 +280,7 @@ def make_model() -> Callable[..., RecurrentAttention]:
 
     def make(arch: str = "resnet18", **keywords: object) -> RecurrentAttention:
         settings = {"n_classes": N_CLASSES, "patch_size": 32, "k": 1, "start_size": 1, "n_glimpses": 2}
-        settings |= {"rnn_hidden": 16, "std_dev": 0.2, "classify_context": False, **keywords}
+        settings |= {"rnn_hidden": 16, "std_dev": 0.2, "classify_context": False, "cells": 2, **keywords}
         return RecurrentAttention(backbone=build_backbone(arch), **settings)
 
     return make

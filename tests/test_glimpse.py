@@ -320,6 +320,20 @@ def test_attention_is_drawn_over_its_own_quadrant() -> None:
         assert int(np.argmax(means)) == quadrant == 2 * x + y
 
 
+def test_attention_over_finer_cells_is_a_heat_map() -> None:
+    """Cells of equal brightness each, up to where sides are not divisible, without numbers on them."""
+    white = Image.new("RGB", (64, 64), "white")
+    for cell in range(25):
+        weights = torch.full((25,), 0.01)
+        weights[cell] = 0.5
+        brightness = np.array(glimpse.draw_attention(white, weights)).mean(-1)
+        row, column = divmod(cell, 5)
+        edges = [round(i * 64 / 5) for i in range(6)]
+        bright = np.zeros((64, 64), dtype=bool)
+        bright[edges[row] : edges[row + 1], edges[column] : edges[column + 1]] = True
+        assert (brightness[bright] == 255).all() and len(np.unique(brightness[~bright])) == 1
+
+
 def test_inside_by_hand() -> None:
     boxes = torch.tensor([[0.5, 0.0, 1.0, 0.25], [0.0, 0.0, 0.5, 0.5]])  # left, top, right, bottom
     location = torch.tensor([[0.5, -0.9], [-0.5, -0.9], [0.5, 0.9], [-1.0, -0.1]])  # x to the right, y down

@@ -173,15 +173,41 @@ def test_glimpse_is_taken_from_the_attended_quadrant(quadrant: int, corner: tupl
     assert glimpse.extract_patches(pyramid, location, (1,), 32).mean() > 0.4  # the rest lies outside the image
 
 
-def test_context_quadrants_are_in_the_order_of_attention(make_model) -> None:
-    net = make_model()
+@pytest.mark.parametrize(("cells", "patch_size"), [(2, 32), (3, 64), (6, 96)])
+def test_context_cells_are_in_the_order_of_attention(cells: int, patch_size: int, make_model) -> None:
+    """The gaze at a cell looks at what is seen there: into its cell, and for the outermost ones at the corners."""
+    net = make_model(cells=cells, patch_size=patch_size, start_size=4)
     net.glimpse.backbone = nn.AvgPool2d(16)  # a backbone whose receptive field is one cell
-    canvas = torch.zeros(4, 3, 128, 128, dtype=torch.uint8)
-    for quadrant in range(4):
-        row, column = divmod(quadrant, 2)
-        canvas[quadrant, :, 64 * row + 20 : 64 * row + 44, 64 * column + 20 : 64 * column + 44] = 255
-    features = net.glimpse.context(glimpse.build_pyramid(canvas, (1,), 32))  # [4, 3, 2, 2]
-    assert features.sum(1).flatten(1).argmax(1).tolist() == [0, 1, 2, 3]
+    canvas = torch.zeros(cells**2, 3, patch_size, patch_size, dtype=torch.uint8)
+    for cell in range(cells**2):
+        row, column = ((2 * i + 1) * patch_size // (2 * cells) for i in divmod(cell, cells))  # the middle of the cell
+        canvas[cell, :, row - 2 : row + 2, column - 2 : column + 2] = 255
+    features = net.glimpse.context(glimpse.build_pyramid(canvas, (4,), patch_size))  # [c c, 3, c, c]
+    assert features.shape == (cells**2, 3, cells, cells)
+    assert features.sum(1).flatten(1).argmax(1).tolist() == list(range(cells**2))
+    places = location_mean(torch.eye(cells**2))
+    wanted = [(2 * x / (cells - 1) - 1, 2 * y / (cells - 1) - 1) for y in range(cells) for x in range(cells)]
+    assert torch.allclose(places, torch.tensor(wanted), atol=1e-6)
+    assert location_mean(torch.full((cells**2,), 1 / cells**2)).abs().max() < 1e-6
+
+
+def test_cells_finer_than_the_features_are_refused(make_model) -> None:
+    for cells in (1, 3):
+        with pytest.raises(ValueError, match=rf"--cells {cells} is not from 2 to 2, a sixteenth of the patch size"):
+            make_model(cells=cells)  # 32 pixels have 2 x 2 features
+
+
+@pytest.mark.parametrize("n_glimpses", [1, 2])
+def test_rollout_over_finer_cells(n_glimpses: int, make_model) -> None:
+    """Attention has a weight for each cell, before and after the first glimpse, and all of it is trained."""
+    net = make_model(cells=4, patch_size=64, n_glimpses=n_glimpses)
+    canvas = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8)
+    rollout = net(canvas, torch.randn(2, 3, n_glimpses, 2), "learned")
+    assert rollout.attention.shape == (2, 3, n_glimpses, 16)
+    assert torch.allclose(rollout.attention.sum(-1), torch.ones(2, 3, n_glimpses))
+    sum(attention_loss(rollout, torch.tensor([0, 1]), "each")).backward()
+    trained = [net.locate.first.weight, *([net.locate.from_context.weight] if n_glimpses > 1 else [])]
+    assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in trained)
 
 
 def test_attention_matches_the_formula(make_model) -> None:
@@ -204,6 +230,13 @@ def test_attention_matches_the_formula(make_model) -> None:
 def test_location_mean_matches_the_formula() -> None:
     a = torch.tensor([0.1, 0.2, 0.3, 0.4])  # top left, top right, bottom left, bottom right
     assert torch.allclose(location_mean(a), torch.tensor([0.2 + 0.4 - 0.1 - 0.3, 0.3 + 0.4 - 0.1 - 0.2]))
+
+
+def test_location_mean_of_quadrants_rounds_as_before() -> None:
+    """So that a gaze over quadrants is the same, bit by bit, whether or not there can be more cells."""
+    attention = torch.randn(1000, 4).softmax(-1)
+    TL, TR, BL, BR = attention.unbind(-1)
+    assert torch.equal(location_mean(attention), torch.stack([TR + BR - TL - BL, BL + BR - TL - TR], dim=-1))
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.5, 1.0])
@@ -368,7 +401,7 @@ def test_compiled_backbone_equals_the_eager_one(precision: str, tolerance: float
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3)]
-    net = model.GlimpseNetwork(backbone=model.Backbone(*layers), patch_size=32, scales=(1,))
+    net = model.GlimpseNetwork(backbone=model.Backbone(*layers), patch_size=32, scales=(1,), cells=2)
     sizes = [(17, 1), (16, 2), (30, 10)]  # images and glimpses of each: over PATCHES_PER_PASS in the last
     inputs = [(glimpse.build_pyramid(canvases(B), (1,), 32), torch.rand(B, M, 2) * 2 - 1) for B, M in sizes]
     expected = [(net.context(pyramid), net(pyramid, location)) for pyramid, location in inputs]
