@@ -41,7 +41,7 @@ from utils import DATA_DIR, Machine, UserError
 IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".jfif", ".gif", ".avif", ".heic", ".heif")
 LARGEST_IMAGE = 2**28  # pixels, enough for today's phones; Pillow warns above this and refuses twice as many
 TEST_SIZE = 0.2  # fraction of each class, for data without a test set
-LARGEST_OVERLAP = 0.01  # of test images with those of training: official lists may hold some twins
+LARGEST_OVERLAP = 0.01  # fraction of test images that may be training images too: official lists hold some twins
 N_BOXES = 16  # that a batch holds for each image
 N_NAMED = 10  # bad images that a message names
 PARTS = {  # names of the folders of each part, in any case
@@ -157,7 +157,7 @@ def display_names(folders: list[str]) -> list[str]:
 
 
 def match_classes(images: ImageList, class_names: list[str], path: Path) -> ImageList:
-    """The images, labelled by class_names, which match but for case, underscores and numbers in front.
+    """The images, labelled by class_names, which may differ in case, underscores and leading numbers.
 
     path: the source of these names. Raises UserError for a class that is not among them.
     """
@@ -287,7 +287,8 @@ def split_list(images: ImageList, fraction: float, purpose: str, n_parts: int) -
 
     Each image is held out or not by a hash of its own name, so that adding, removing or renaming one moves no other;
     the sizes are therefore about the fraction. Images with the same content count as one. Both parts have at least one
-    image of each class, for which a small class may move one. Raises UserError for a class of less than n_parts images.
+    image of each class, for which a small class may move one. Raises UserError for a class of fewer than n_parts
+    distinct images, one of which the images held out leave for each other part.
     """
     twins = first_twins(images.files)
     draws = {}
@@ -326,7 +327,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
 
 @contextlib.contextmanager
 def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """An image of any format, opened by Pillow. Raises ImageError if it cannot be read, here or where it is used."""
+    """An image of any format, opened by Pillow. Raises ImageError if it cannot be read, here or by the caller."""
     if str(path).lower().endswith((".heic", ".heif")):
         try:
             from pillow_heif import register_heif_opener
@@ -362,7 +363,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert() copies even RGB
 
 
 def read_boxes(path: Path, size: tuple[int, int], orientation: int) -> Tensor:
@@ -538,7 +539,7 @@ def make_loader(
 
 
 def check_image(file: Path, annotation: Path | None) -> tuple[int, str]:
-    """Fingerprint of a file, a hash of its whole content, and why it cannot be used, empty if it can."""
+    """Fingerprint of a file, and why it cannot be used, empty if it can. Raises UserError for a bad annotation."""
     try:
         read_image(file, 1, annotation)  # a JPEG at an eighth of its size
         return hash_of(file.read_bytes()), ""

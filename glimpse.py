@@ -46,7 +46,7 @@ def canvas_size(patch_size: int, start_size: int) -> int:
 
 
 def build_pyramid(canvas: Tensor, scales: tuple[int, ...], patch_size: int) -> dict[int, Tensor]:
-    """Resolution levels of which patches are windows: one for each scale, and one for the whole image.
+    """Build the resolution levels that patches are cut from: one for each scale, and one for the whole image.
 
     canvas: uint8 [B, 3, S, S]. Returns {scale q: float [B, 3, 4P/q + P, 4P/q + P]} in [0, 1]: the image, resized with
     antialiasing to side 4P/q and padded with P/2 black pixels, as far as a patch can extend beyond the image border.
@@ -89,8 +89,8 @@ def extract_patches(pyramid: dict[int, Tensor], location: Tensor, scales: tuple[
     patches = []
     for i, scale in enumerate(scales):
         side = canvas_size(patch_size, scale)
-        corner = (boxes[..., i, :2] * side).round().long() + patch_size // 2
-        left, top = corner.clamp(0, side).unbind(-1)  # [B, M]; the clamp only turns NaN into a valid index
+        corner = (boxes[..., i, :2] * side).round().long() + patch_size // 2  # exact: undoes a division by the side
+        left, top = corner.clamp(0, side).unbind(-1)  # [B, M]; a diverged network's NaN, too, needs a valid index
         windows = pyramid[scale].unfold(2, patch_size, 1).unfold(3, patch_size, 1)  # a view: [B, 3, y, x, P, P]
         patches.append(windows[image, :, top, left])  # [B, M, 3, P, P]
     return torch.stack(patches, dim=2)
@@ -104,7 +104,7 @@ def normalize(patches: Tensor) -> Tensor:
 
 @functools.lru_cache
 def load_fonts(size: int) -> list[ImageFont.FreeTypeFont]:
-    """Pillow's own font, which has little more than ASCII, and those of `SYSTEM_FONTS` that this system has."""
+    """Pillow's own font, which has little more than ASCII, and those of `SYSTEM_FONTS` that are installed."""
     fonts = [ImageFont.load_default(size)]
     for name in SYSTEM_FONTS:
         with contextlib.suppress(OSError):
@@ -113,7 +113,7 @@ def load_fonts(size: int) -> list[ImageFont.FreeTypeFont]:
 
 
 def choose_font(size: int, *texts: str) -> tuple[ImageFont.FreeTypeFont, list[str]]:
-    """A font that has all characters of the texts, and the texts; those in no font are escaped, as in \\u67f4."""
+    """The first font with all characters of the texts, and the texts; without one, they are escaped, as in \\u67f4."""
     characters = set("".join(texts)) - set(" \n")
     fonts = load_fonts(size)
     for font in fonts:
@@ -159,7 +159,7 @@ def draw_dogs(image: Image.Image, boxes: Tensor) -> Image.Image:
 
 
 def draw_attention(context: Image.Image, attention: Tensor) -> Image.Image:
-    """Copy the context, darken its c x c cells by the weights [c c] in rows, and write those of quadrants on them."""
+    """Copy the context and darken each of its c x c cells the less attention, of [c c], it gets; number quadrants."""
     side = math.isqrt(len(attention))
     image, edges = context.copy(), [round(i * context.width / side) for i in range(side + 1)]
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
@@ -235,7 +235,7 @@ def draw_contact_sheet(
 ) -> Image.Image:
     """Draw images, uint8 [3, S, S] each, with their boxes, [T, k, 4] each, above captions of one or two lines.
 
-    correct: whether each prediction is; the caption of a wrong one says so, in red.
+    correct: whether each prediction is correct; the caption of a wrong one says so, in red.
     """
     side, tiles = 240, []
     font, captions = choose_font(12, *captions)

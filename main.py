@@ -38,7 +38,7 @@ from utils import Machine, UserError
 
 FILES = ("saved_model.tar", "last.tar", "log.csv", "results_*.json", *(f"predictions_{name}*.csv" for name in POLICIES))
 NETWORK = ("k", "start_size", "n_glimpses", "rnn_hidden", "std_dev", "classify_context", "cells")  # the model's
-BACKBONE_OF_2018 = {"arch": "resnet50", "patch_size": "96"}  # its file holds only the weights
+BACKBONE_OF_2018 = {"arch": "resnet50", "patch_size": "96"}  # whose file holds only weights
 N_BEST = 5  # most probable classes to list
 N_ON_SHEET = 40  # images on the contact sheet
 
@@ -51,17 +51,17 @@ def make_parser() -> utils.Parser:
     parser.add_shared_flags()
     training = parser.add_argument_group("training of the classifier").add_argument
     training("--backbone", default="", help="file of pretrain.py; if empty, pt_glimpse_model.tar in --save_dir")
-    training("--attention_lr", type=utils.positive, default=1e-4, help="rate of the attention after the first glimpse")
+    training("--attention_lr", type=utils.positive, default=1e-4, help="learning rate of the attention after glimpse 1")
     training("--supervision", default="each", choices=SUPERVISIONS, help="train every prediction or only the last")
     network = parser.add_argument_group("network").add_argument
     network("--k", type=utils.positive_count, default=2, help="patches per glimpse")
-    network("--start_size", type=int, default=2, choices=STARTS, help="quarters of the side that the finest covers")
+    network("--start_size", type=int, default=2, choices=STARTS, help="quarters of the side that the finest patch has")
     network("--n_glimpses", type=utils.positive_count, default=1, help="glimpses per image")
     network("--rnn_hidden", type=utils.positive_count, default=2048, help="hidden units of the LSTM")
     network("--std_dev", type=utils.positive, default=0.2, help="standard deviation of the location, before tanh")
-    network("--classify_context", **utils.SWITCH, help="let the LSTM read the context beside the glimpse")
-    network("--cells", type=utils.positive_count, default=2, help="cells along a side of the context, to attend to: 2 "
-            "as in 2018, at most a sixteenth of --patch_size, 6")  # fmt: skip
+    network("--classify_context", **utils.SWITCH, help="let the LSTM read the context as well as the glimpse")
+    network("--cells", type=utils.positive_count, default=2, help="cells along a side of the context, "
+            "to attend to: quadrants as in 2018, or finer, up to a sixteenth of --patch_size")  # fmt: skip
     network("--policy", default="learned", choices=POLICIES, help="where to look: learned; or a baseline: center, "
             "random, grid, oracle (annotated box)")  # fmt: skip
     use = parser.add_argument_group("test, view_glimpses and predict").add_argument
@@ -107,7 +107,7 @@ def train_one_epoch(
     machine: Machine,
     title: str,
 ) -> dict[str, float]:
-    """One pass over the training images. Returns means of the loss terms, accuracy, reward and distance."""
+    """One pass over the training images. Returns means of the loss, its terms, and what is watched besides."""
     net.train()
     with utils.Meter(title, loader, machine, optimizer) as meter:
         for (canvas, boxes, labels, _), eps in zip(loader, noise.split(loader.batch_size)):
@@ -207,11 +207,11 @@ def read_backbone(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights of the pre-trained backbone, and what the classifier's checkpoint stores about it.
 
-    Raises UserError if it was trained on images that are validated on here. Other images are fine, which is said.
+    Raises UserError for an unsuitable file, and if it was trained on more than 1 % of the validation images.
     """
     path = Path(args.backbone) if args.backbone else args.save_dir / pretrain.FILES[0]
     content = utils.load_checkpoint(path, "make it with `python pretrain.py`, or see --backbone", "model_dict")
-    if "backbone" in content or "settings" in content and "versions" not in content:
+    if "backbone" in content or ("settings" in content and "versions" not in content):
         what = "a classifier of main.py" if "backbone" in content else "of an earlier version of this repository"
         raise UserError(f"--backbone {path} is {what}: give pt_glimpse_model.tar of pretrain.py")
     content = {"settings": BACKBONE_OF_2018, "data": {}, **content}  # that of 2018 has only the weights
@@ -298,7 +298,7 @@ def estimates(values: Tensor, policy: str) -> dict[str, Tensor]:
     """Group values [N, M, ...] of the trajectories of `evaluation_noise` by how they are turned into a prediction.
 
     "deterministic": [N, 1, ...]; "sampled trajectory", each on its own: [N, n, ...]; "average of n": [N, 1, ...]. The
-    last is the best.
+    last one is the one to report.
     """
     grouped = {}
     if policy != "random":
@@ -323,7 +323,7 @@ def prediction_row(probabilities: Tensor, class_names: list[str], location: Tens
 def prediction_rows(
     images: ImageList, data_dir: Path, probabilities: Tensor, location: Tensor, policy: str
 ) -> list[dict[str, Any]]:
-    """Rows of each single-valued estimate, in order. probabilities: [N, M, C], at the end; location: [N, M, T, 2]."""
+    """A row per estimate, but the sampled one, and image. probabilities: [N, M, C], at last; location: [N, M, T, 2]."""
     rows, names = [], images.class_names
     for estimate, values in estimates(probabilities, policy).items():
         for i, (file, truth) in enumerate(zip(images.files, images.labels)):
@@ -492,7 +492,7 @@ def load_classifier(save_dir: str | Path, **flags: Any) -> Classifier:
 
 
 def fixed_choice(n_images: int, n_chosen: int, seed: int) -> list[int]:
-    """Indices of some images of a list, always the same for the same seed; a longer choice begins with a shorter."""
+    """Indices of some images of a list, always the same for the same seed; a longer one begins with a shorter one."""
     order = list(range(n_images))
     random.Random(f"view {seed}").shuffle(order)
     return order[:n_chosen]
@@ -525,6 +525,8 @@ def view_glimpses(args: Namespace, machine: Machine, checkpoint: dict[str, Any])
     """Draw where the best classifier looks in test images that depend on the seed alone."""
     images = dataset.read_list(args.data_dir, "test")
     images = dataset.match_classes(images, checkpoint["data"]["class_names"], args.save_dir / FILES[0])
+    if args.policy == "oracle":
+        images = images.subset(i for i, annotation in enumerate(images.annotations) if annotation)
     images = images.subset(fixed_choice(len(images.files), args.n_samples, args.seed))
     [images] = dataset.check_images(args, machine, images)
     if not images.files:
@@ -540,7 +542,7 @@ def view_glimpses(args: Namespace, machine: Machine, checkpoint: dict[str, Any])
         sheet.append((prediction.canvas, boxes, caption, prediction.drawn[-1].argmax().item() == label))
     sheet_path = args.imgs_dir / "contact_sheet.jpg"
     save_image(sheet_path, draw_contact_sheet(*zip(*sheet[:N_ON_SHEET])))
-    machine.print(f"where the model looks in {len(images.files)} images: {paths[0]}, ..., all in {sheet_path}")
+    machine.print(f"drawings of {len(images.files)} images in {args.imgs_dir}, the first {N_ON_SHEET} in {sheet_path}")
     machine.print(f"next: python main.py --task=predict --save_dir {quote(str(args.save_dir))} --images photo.jpg")
 
 

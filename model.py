@@ -78,7 +78,7 @@ def load_resnet_weights(backbone: nn.Sequential, resnet_state: dict[str, Tensor]
     children = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
     state = {}
     for key, value in resnet_state.items():
-        child, _, rest = key.removeprefix("module.").partition(".")  # which DataParallel adds
+        child, _, rest = key.removeprefix("module.").partition(".")  # DataParallel adds it
         if child in children:
             state[f"{children.index(child)}.{rest}"] = value.float() if value.is_floating_point() else value
     stem = state.get("0.weight")
@@ -127,7 +127,7 @@ class GlimpseNetwork(nn.Module):
         self.compiled = False
 
     def train(self, mode: bool = True) -> "GlimpseNetwork":
-        """Leaves the frozen backbone in eval mode, for which alone it is compiled."""
+        """Set the mode of all but the frozen backbone, which stays in eval mode, the only one it is compiled for."""
         super().train(mode)
         self.backbone.eval()
         return self
@@ -153,7 +153,7 @@ class GlimpseNetwork(nn.Module):
             return self.backbone(patches)
         from torch._inductor import config  # takes seconds to import
 
-        torch._dynamo.mark_dynamic(patches, 0)  # or it would be compiled anew for every N
+        torch._dynamo.mark_dynamic(patches, 0)  # otherwise it is compiled anew for every N
         # Frozen weights are packed for the matrix units of the CPU, and each ReLU is fused with its convolution.
         with config.patch(freezing=patches.device.type == "cpu"):
             return self.backbone(patches)
@@ -225,9 +225,9 @@ class Rollout(NamedTuple):
 
 
 def location_mean(attention: Tensor) -> Tensor:
-    """Mean location before tanh: c x c places, the outermost at the image's corners, weighted by attention.
+    """Mean location before tanh: a grid of c x c places, the outermost at the corners, weighted by attention.
 
-    attention: [..., c c], in rows. Returns [..., 2].
+    attention: [..., c c], row by row. Returns [..., 2]. tanh pulls the corners, (±1, ±1), in to ±0.76.
     """
     weights, side = attention.unbind(-1), math.isqrt(attention.shape[-1])
     axis = [1 - 2 * i / (side - 1) for i in range(side)]  # from 1 to -1: at c = 2 the sums round as in 2018
@@ -248,8 +248,9 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, std_dev: float) -> Tensor:
 class RecurrentAttention(nn.Module):
     """Attends to a low-resolution context, takes T high-resolution glimpses and classifies the breed.
 
-    After Sermanet et al. (arXiv 1412.7054), with the location from soft attention. Raises ValueError by `patch_scales`.
-    classify_context: whether the LSTM also reads the features of the context, which otherwise only guide the gaze.
+    After Sermanet et al. (arXiv 1412.7054), with the location from soft attention. classify_context: whether the LSTM
+    also reads the features of the context, which otherwise only guide the gaze. Raises ValueError for keywords that do
+    not go together.
     """
 
     def __init__(
@@ -268,7 +269,9 @@ class RecurrentAttention(nn.Module):
     ) -> None:
         super().__init__()
         if not 2 <= cells <= patch_size // 16:
-            raise ValueError(f"--cells {cells} is not from 2 to {patch_size // 16}, a sixteenth of the patch size")
+            raise ValueError(
+                f"--cells must be from 2 to {patch_size // 16}, a sixteenth of the patch size, not {cells}"
+            )
         self.n_glimpses = n_glimpses
         self.std_dev = std_dev
         self.classify_context = classify_context
@@ -293,7 +296,7 @@ class RecurrentAttention(nn.Module):
         pyramid = build_pyramid(canvas, self.glimpse.scales, self.glimpse.patch_size)
         if policy == "learned" or self.classify_context:
             V = self.glimpse.context(pyramid)  # [B, D, c, c]
-        else:  # a policy that looks at no context does not pay for one
+        else:  # a policy that looks at no context does not pay for one; its attention, of zeros, has no effect
             V = torch.zeros(B, self.n_features, 2, 2, device=canvas.device)
         pooled = V.mean((2, 3)).unsqueeze(1).expand(-1, M, -1)  # [B, M, D]
         h_t = c_t = V.new_zeros(B * M, self.rnn.hidden_size)
@@ -312,7 +315,7 @@ class RecurrentAttention(nn.Module):
         return Rollout(*(torch.stack(values, dim=2) for values in zip(*steps)))
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Trainable parameters in two groups, of which the second is the attention after the first glimpse.
+        """Two groups of trainable parameters: all others, and the attention after the first glimpse.
 
         It has its own learning rate, because its score sums 1024 tanh units, all of which one Adam step can move in the
         same direction. At a rate that suits the rest, the softmax can saturate early, with the location in a corner.

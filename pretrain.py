@@ -48,15 +48,14 @@ def make_parser() -> utils.Parser:
 
 
 def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> dict[str, Any]:
-    """Load ImageNet weights, torchvision's (version 1, as in 2018), those in a file, or those of an earlier run.
+    """Load ImageNet weights (torchvision's version 1, as in 2018) or those of a file. Raises UserError.
 
-    Returns the content of the latter's file, and nothing for all others. Raises UserError.
+    Returns the file's content if this script wrote it, else {}.
     """
     if weights == "none":
         return {}
     if weights == "imagenet":
         try:
-            # Version 1 is what `pretrained=True` loaded in 2018.
             state = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=True)
         except Exception as error:  # of the network, or of a broken download
             raise UserError(
@@ -75,7 +74,7 @@ def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> di
 
 
 def place(model: PretrainNetwork, machine: Machine) -> None:
-    """Move the network to the device, and let its backbone be compiled if that was asked for."""
+    """Move the network to the device, and compile its backbone if asked to."""
     model.to(machine.device, memory_format=torch.channels_last)
     if machine.compiles:
         model.backbone.compile()
@@ -141,12 +140,13 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
     train_loader = dataset.make_loader(train_list, args, machine, size, trains=True, drop_last=True)
     valid_loader = dataset.make_loader(valid_list, args, machine, size)
     if min(map(len, torch.arange(train_loader.batch_size).chunk(max(1, len(machine.gpus))))) < 2:
-        raise UserError(f"--batch_size {args.batch_size} leaves one image to a GPU or process: BatchNorm needs two")
+        raise UserError("BatchNorm needs two images for each GPU or process: raise --batch_size, or add images")
     torch.manual_seed(args.seed)
     model = PretrainNetwork(
         backbone=build_backbone(args.arch), n_classes=len(train_list.class_names), patch_size=args.patch_size
     )
-    if last is None and load_initial_weights(model.backbone, args.weights, args.arch):
+    earlier = {} if last else load_initial_weights(model.backbone, args.weights, args.arch)
+    if earlier:
         raise UserError(f"--weights {args.weights} is a backbone of this script: --resume_training goes on with one")
     place(model, machine)
     optimizer = utils.make_optimizer(model.parameters())
@@ -175,7 +175,7 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
 
 
 def multiply_adds(args: Namespace, model: PretrainNetwork) -> dict[str, int]:
-    """Multiplications, each with an addition, by which each head classifies one image, its features included."""
+    """Multiplications, each with an addition, that each head needs for one image, backbone passes included."""
     model, side = model.to("meta").eval(), args.patch_size
     of_pass, cost = utils.multiply_adds(lambda: model.backbone(torch.empty(1, 3, side, side, device="meta"))), {}
     for head, (name, levels) in zip(model.heads, HEADS.items()):

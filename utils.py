@@ -69,7 +69,10 @@ def run(main: Callable[[], None]) -> None:
     except (RuntimeError, MemoryError, KeyboardInterrupt) as error:
         if signals:  # which also end the loader's workers: PyTorch may report that as a RuntimeError
             if int(os.environ.get("RANK", 0)) == 0:
-                print("stopped: --resume_training=True continues after the last finished epoch", file=sys.stderr)
+                print(
+                    "stopped: --resume_training=True continues after the last finished epoch, if there is one",
+                    file=sys.stderr,
+                )
             sys.exit(128 + signals[0])
         if not (reason := explain(error)):
             raise
@@ -135,7 +138,9 @@ class Parser(argparse.ArgumentParser):
         files("--valid_size", type=fraction, default=0.1, help="fraction of the training images to validate on")
         files("--skip_bad_images", **SWITCH, help="leave out images that cannot be read")
         training = self.add_argument_group("training").add_argument
-        training("--epochs", type=count, default=101, help="epochs in total, with resumed ones; 0: save untrained")
+        training(
+            "--epochs", type=count, default=101, help="total epochs, with those before a resume; 0: save untrained"
+        )
         training("--batch_size", type=positive_count, default=128, help="batch size over all GPUs and processes")
         training("--lr", type=positive, default=1e-4, help="learning rate of Adam")
         training("--lr_schedule", default="cosine", choices=["constant", "cosine"], help="learning-rate schedule")
@@ -201,7 +206,7 @@ class Machine(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which networks compute."""
+        """The type that networks compute in."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def print(self, text: str) -> None:
@@ -212,14 +217,10 @@ class Machine(NamedTuple):
 
 
 def keep_freed_memory() -> None:
-    """Let new tensors reuse the memory of freed ones, as on a GPU.
-
-    By default glibc returns every large block to the system, which must clear fresh pages for the next activation.
-    The numbers of the two options are those of malloc.h.
-    """
+    """Let new tensors reuse freed memory; glibc returns large blocks to the system, which must clear fresh pages."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: do not serve large blocks by mmap
+        libc.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h: do not serve large blocks by mmap
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return memory
 
 
@@ -262,8 +263,8 @@ def set_up_machine(args: argparse.Namespace) -> Machine:
 class MixedPrecision(nn.Module):
     """A network under autocast.
 
-    The context belongs inside `forward`: DataParallel calls that in threads of its own, which learn from a context
-    entered outside that autocast is enabled, but not that its type is bfloat16.
+    The context belongs inside `forward`: DataParallel calls that in threads of its own, which inherit from an outer
+    context that autocast is on, but not its type.
     """
 
     def __init__(self, net: nn.Module, machine: Machine) -> None:
@@ -382,7 +383,9 @@ def collect(
         twice = len(index) - len(index.unique())
         raise UserError(f"{title}: {len(index)} predictions for {len(loader.dataset)} images, {twice} of them repeated")
     if not all(value.isfinite().all() for value in values[:-1]):
-        raise UserError(f"{title}: the network's predictions are not finite: lower --lr; earlier files are intact")
+        raise UserError(
+            f"{title}: the network's predictions are not finite: train with a lower --lr; earlier files are intact"
+        )
     return [value[index.argsort()] for value in values]
 
 
@@ -460,7 +463,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, hint: str, *entries: str) -> Any:
-    """A file of PyTorch, on the CPU. Raises UserError, with the hint if it is missing, also if it lacks an entry."""
+    """Load a PyTorch file to the CPU. Raises UserError, with the hint if it is missing, also if it lacks an entry."""
     if not os.path.isfile(path):  # unlike Path's own, False for a name that is too long
         raise UserError(f"checkpoint {path} not found: {hint}")
     try:
@@ -569,7 +572,7 @@ class Run:
             self.board = SummaryWriter(folder, purge_step=self.epochs.start + 1)
 
     def save_best(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Write the best checkpoint, of this epoch (from 0; -1: untrained). The first of a run ends an earlier run."""
+        """Write the best checkpoint, of this epoch (from 0; -1: untrained). The first one replaces an earlier run."""
         if self.machine.rank == 0:
             if not self.last and not self.rows:
                 for path in [path for name in self.files[1:] for path in self.args.save_dir.glob(name)]:

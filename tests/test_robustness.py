@@ -142,7 +142,7 @@ def test_batches_that_cannot_be_divided(pretrain_args: list[str], make_data) -> 
         args, machine = flags_of(pretrain, "--batch_size", "21"), CPU._replace(rank=20, world_size=21)
         with pytest.raises(utils.UserError, match="more processes than images"):
             dataset.make_loader(images, args, machine, 32, trains=trains)
-    assert "--batch_size 1 leaves one image" in fails(pretrain, [*pretrain_args, "--batch_size", "1"])
+    assert "BatchNorm needs two images for each GPU" in fails(pretrain, [*pretrain_args, "--batch_size", "1"])
 
 
 def test_threads_of_data_parallel_compute_in_bfloat16() -> None:

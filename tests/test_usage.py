@@ -115,7 +115,8 @@ def test_help_shows_groups_defaults_and_commands(
     sections = {name: part for name, part in re.findall(r"^  --(\w+)(.*?)(?=^ {1,4}[-p]|^\S|\Z)", flags, re.M | re.S)}
     assert sections.keys() == flags_by_name(script).keys()
     for name, flag in flags_by_name(script).items():
-        wanted = f"{flag.help} (default: {flag.default})"  # which may be broken at any space or hyphen
+        default = "" if flag.default in ("", []) else f"(default: {flag.default})"
+        wanted = flag.help + default  # which may be broken at any space or hyphen
         assert flag.help and "".join(sections[name].split()).endswith("".join(wanted.split())), name
 
 
