@@ -33,10 +33,8 @@ def patch_scales(k: int, start_size: int) -> tuple[int, ...]:
     Raises ValueError unless start_size is 1, 2 or 4 and the coarsest patch is no larger than the image.
     """
     if k < 1 or start_size not in STARTS or start_size * 2 ** (k - 1) > FULL_SCALE:
-        raise ValueError(
-            f"k {k} with start_size {start_size} is not valid: (k, start_size) must be (1, 1), (2, 1), (3, 1), (1, 2), "
-            f"(2, 2) or (1, 4), so that start_size * 2^(k - 1) is at most {FULL_SCALE} quarters of the image side"
-        )
+        valid = "(1, 1), (2, 1), (3, 1), (1, 2), (2, 2) or (1, 4)"
+        raise ValueError(f"k {k} with start_size {start_size} is not valid: (k, start_size) must be {valid}")
     return tuple(start_size * 2**i for i in range(k))
 
 
@@ -115,12 +113,11 @@ def load_fonts(size: int) -> list[ImageFont.FreeTypeFont]:
 def choose_font(size: int, *texts: str) -> tuple[ImageFont.FreeTypeFont, list[str]]:
     """The first font with all characters of the texts, and the texts; without one, they are escaped, as in \\u67f4."""
     characters = set("".join(texts)) - set(" \n")
-    fonts = load_fonts(size)
-    for font in fonts:
+    for font in load_fonts(size):
         missing = bytes(font.getmask("\U0010fffe"))  # not a character, so that it gives the glyph of missing ones
         if all(bytes(font.getmask(character)) != missing for character in characters):
             return font, list(texts)
-    return fonts[0], [text.encode("ascii", "backslashreplace").decode() for text in texts]
+    return load_fonts(size)[0], [text.encode("ascii", "backslashreplace").decode() for text in texts]
 
 
 def to_image(pixels: Tensor, side: int) -> Image.Image:
@@ -186,9 +183,8 @@ def draw_panel(
 ) -> Image.Image:
     """Draw a trajectory over one image: the canvas with its boxes, and for each glimpse the attention and the patches.
 
-    canvas: uint8 [3, S, S]; location: [T, 2]; attention: [T, c c], or None if the policy uses none; caption: one or
-    more lines; predictions: T lines, what is predicted after each glimpse; dogs: annotated boxes [n, 4], if any. Pixels
-    and boxes of glimpses are those the network uses.
+    canvas: uint8 [3, S, S]; location: [T, 2]; attention: [T, c c], or None; caption: one or more lines; predictions: T
+    lines, what is predicted after each glimpse; dogs: annotated boxes [n, 4], if any.
     """
     pyramid = build_pyramid(canvas.unsqueeze(0), scales, patch_size)
     context = extract_patches(pyramid, torch.zeros(1, 1, 2), (FULL_SCALE,), patch_size)[0, 0, 0]  # [3, P, P]

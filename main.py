@@ -16,7 +16,6 @@ import math
 import random
 import time
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
@@ -50,7 +49,7 @@ def make_parser() -> utils.Parser:
     parser.add_argument("--task", default="train", choices=tasks, help="what to do")
     parser.add_shared_flags()
     training = parser.add_argument_group("training of the classifier").add_argument
-    training("--backbone", default="", help="file of pretrain.py; if empty, pt_glimpse_model.tar in --save_dir")
+    training("--backbone", default="", help="file of pretrain.py; if empty, the one in --save_dir%(default)s")
     training("--attention_lr", type=utils.positive, default=1e-4, help="learning rate of the attention after glimpse 1")
     training("--supervision", default="each", choices=SUPERVISIONS, help="train every prediction or only the last")
     network = parser.add_argument_group("network").add_argument
@@ -60,12 +59,10 @@ def make_parser() -> utils.Parser:
     network("--rnn_hidden", type=utils.positive_count, default=2048, help="hidden units of the LSTM")
     network("--std_dev", type=utils.positive, default=0.2, help="standard deviation of the location, before tanh")
     network("--classify_context", **utils.SWITCH, help="let the LSTM read the context as well as the glimpse")
-    network("--cells", type=utils.positive_count, default=2, help="cells along a side of the context, "
-            "to attend to: quadrants as in 2018, or finer, up to a sixteenth of --patch_size")  # fmt: skip
-    network("--policy", default="learned", choices=POLICIES, help="where to look: learned; or a baseline: center, "
-            "random, grid, oracle (annotated box)")  # fmt: skip
+    network("--cells", type=utils.positive_count, default=2, help="cells along a side of the context, up to P/16")
+    network("--policy", default="learned", choices=POLICIES, help="learned, or a baseline (oracle: at annotated dogs)")
     use = parser.add_argument_group("test, view_glimpses and predict").add_argument
-    use("--images", type=Path, nargs="+", default=[], metavar="PATH", help="images to predict, or folders of them")
+    use("--images", type=Path, nargs="+", metavar="PATH", help="images to predict, or folders of them")
     use("--imgs_dir", type=Path, default=Path("imgs"), help="folder for drawings")
     use("--n_samples", type=utils.positive_count, default=20, help="images to draw in view_glimpses")
     use("--n_trajectories", type=utils.positive_count, default=7, help="sampled trajectories to average over")
@@ -76,14 +73,9 @@ def make_parser() -> utils.Parser:
 
 
 def look_at(noise: Tensor, boxes: Tensor, policy: str) -> Tensor:
-    """What `RecurrentAttention.forward` takes as noise: the noise [B, M, T, 2], but for policy "oracle" the location.
-
-    That is the middle of the largest dog's box, of boxes [B, n, 4], largest first, or of an image without any.
-    """
-    if policy != "oracle":
-        return noise
-    location = boxes[:, 0, :2] + boxes[:, 0, 2:] - 1
-    return location.nan_to_num(0).view(-1, 1, 1, 2).expand_as(noise)
+    """The noise [B, M, T, 2] for the network; for "oracle" the middle of the first, largest of the boxes [B, n, 4]."""
+    location = (boxes[:, 0, :2] + boxes[:, 0, 2:] - 1).nan_to_num(0)  # without a box, the middle of the image
+    return location.view(-1, 1, 1, 2).expand_as(noise) if policy == "oracle" else noise
 
 
 def training_noise(args: Namespace, n_images: int, epoch: int, machine: Machine) -> Tensor:
@@ -93,24 +85,13 @@ def training_noise(args: Namespace, n_images: int, epoch: int, machine: Machine)
     return noise[machine.rank :: machine.world_size][: n_images // machine.world_size]
 
 
-def distance_from_center(location: Tensor) -> Tensor:
-    """Distance of glimpses from the centre of the image, in sides of the image. [..., 2] -> [...]."""
-    return location.norm(dim=-1) / 2
-
-
 def train_one_epoch(
-    net: nn.Module,
-    loader: DataLoader,
-    noise: Tensor,
-    args: Namespace,
-    optimizer: Optimizer,
-    machine: Machine,
-    title: str,
+    net: nn.Module, data: DataLoader, noise: Tensor, args: Namespace, optimizer: Optimizer, machine: Machine, title: str
 ) -> dict[str, float]:
     """One pass over the training images. Returns means of the loss, its terms, and what is watched besides."""
     net.train()
-    with utils.Meter(title, loader, machine, optimizer) as meter:
-        for (canvas, boxes, labels, _), eps in zip(loader, noise.split(loader.batch_size)):
+    with utils.Meter(title, data, machine, optimizer) as meter:
+        for (canvas, boxes, labels, _), eps in zip(data, noise.split(data.batch_size)):
             canvas = canvas.to(machine.device, non_blocking=True)  # [B, 3, S, S]
             labels = labels.to(machine.device, non_blocking=True)  # [B]
             eps = look_at(eps, boxes, args.policy).to(machine.device)  # [B, 1, T, 2]
@@ -124,7 +105,7 @@ def train_one_epoch(
                 "accuracy": rewards(rollout, labels, "each")[:, :, -1].mean(),
                 "reward": rewards(rollout, labels, args.supervision).mean(),
                 "expected_reward": rollout.baseline.mean(),
-                "distance_from_center": distance_from_center(rollout.location).mean(),
+                "distance_from_center": rollout.location.norm(dim=-1).mean() / 2,  # in sides of the image
             }
             meter.update(len(labels), loss=loss, **terms._asdict(), **watched)
     return meter.means()
@@ -145,10 +126,7 @@ def evaluation_noise(policy: str, n_images: int, n_samples: int, n_glimpses: int
 def evaluate(
     net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, machine: Machine, title: str
 ) -> list[Tensor]:
-    """Probabilities [N, M, T, C] after every glimpse, locations [N, M, T, 2] and boxes [N, n, 4] of a list, in order.
-
-    noise: [N, M, T, 2]. Raises UserError unless each image is predicted once, in finite numbers.
-    """
+    """Probabilities [N, M, T, C], locations [N, M, T, 2] and boxes [N, n, 4] of a list, in order. Raises UserError."""
     net = utils.for_evaluation(net)
 
     def predict(canvas: Tensor, boxes: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,10 +154,9 @@ def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def gaze(location: Tensor, boxes: Tensor) -> dict[str, float]:
-    """How well glimpses at location [N, M, 2] look at the dogs, with boxes [N, n, 4]; nothing if there are none.
+    """How well glimpses at location [N, M, 2] look at dogs in boxes [N, n, 4]: means over images with a box, if any.
 
-    hit_rate: how often the centre of a glimpse lies in a dog's box. distance_to_dog: from there to the centre of the
-    nearest box, in sides of the image. Each is a mean over the images with a box.
+    hit_rate: how often the centre of a glimpse lies in a box. distance_to_dog: to the nearest box's centre, in sides.
     """
     known = boxes[:, 0].isfinite().all(-1)
     if not known.any():
@@ -199,36 +176,33 @@ def validate(net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, mac
         after = scores(probabilities[:, :, t], labels)
         figures = {"accuracy": after["accuracy"], "nll": after["nll"], **gaze(location[:, :, t], boxes)}
         each |= {f"{name}_{t + 1}": value for name, value in figures.items()}
-    return {**after, **each, "distance_from_center": distance_from_center(location).mean().item()}
+    return {**after, **each, "distance_from_center": location.norm(dim=-1).mean().item() / 2}
 
 
-def read_backbone(
-    args: Namespace, valid_list: ImageList, data: dict[str, Any], machine: Machine
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights of the pre-trained backbone, and what the classifier's checkpoint stores about it.
+def read_backbone(args: Namespace, valid_list: ImageList) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights of the pre-trained backbone, and what checkpoints store about it.
 
-    Raises UserError for an unsuitable file, and if it was trained on more than 1 % of the validation images.
+    Raises UserError for an unsuitable file, and if the backbone was trained on images of valid_list.
     """
     path = Path(args.backbone) if args.backbone else args.save_dir / pretrain.FILES[0]
     content = utils.load_checkpoint(path, "make it with `python pretrain.py`, or see --backbone", "model_dict")
     if "backbone" in content or ("settings" in content and "versions" not in content):
-        what = "a classifier of main.py" if "backbone" in content else "of an earlier version of this repository"
-        raise UserError(f"--backbone {path} is {what}: give pt_glimpse_model.tar of pretrain.py")
-    content = {"settings": BACKBONE_OF_2018, "data": {}, **content}  # that of 2018 has only the weights
-    seen = dataset.seen_by(content["data"], ("training",))
-    dataset.refuse_seen_images(valid_list, seen, path, "validation")
-    if seen != dataset.seen_by(data, ("training",)):
-        machine.print(f"note: the backbone in {path} was trained on other images than those to train on now")
+        raise UserError(f"--backbone {path} is a classifier, or outdated: give pt_glimpse_model.tar of pretrain.py")
+    content = {"settings": BACKBONE_OF_2018, "data": {}, **content}
+    dataset.refuse_seen_images(valid_list, dataset.seen_by(content["data"], ("training",)), path, "validation")
     about = {"arch": content["settings"]["arch"], "patch_size": int(content["settings"]["patch_size"])}
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return content["model_dict"], {**about, "file": str(path), "sha256": sha256, "data": content["data"]}
 
 
-def build_model(args: Namespace, backbone: nn.Sequential, patch_size: int, n_classes: int) -> RecurrentAttention:
-    """The network of these flags, randomly initialized except for the backbone. Raises UserError."""
+def build_model(args: Namespace, about: dict[str, Any], n_classes: int, weights: Any = None) -> RecurrentAttention:
+    """The network of these flags. about: its backbone; weights: of that, if not random too. Raises UserError."""
+    backbone = build_backbone(about["arch"])
+    if weights is not None:
+        utils.load_state(backbone.load_state_dict, weights, about["file"])
     keywords = {name: getattr(args, name) for name in NETWORK}
     try:
-        return RecurrentAttention(backbone=backbone, n_classes=n_classes, patch_size=patch_size, **keywords)
+        return RecurrentAttention(backbone=backbone, n_classes=n_classes, patch_size=about["patch_size"], **keywords)
     except ValueError as error:  # of flags that do not go together
         raise UserError(str(error)) from None
 
@@ -246,12 +220,11 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
     if last:
         dataset.refuse_other_data(last["data"], data, run.last_path)
     refuse_oracle_without_boxes(args, train_list, valid_list)
-    weights, about = (None, last["backbone"]) if last else read_backbone(args, valid_list, data, machine)
+    weights, about = (None, last["backbone"]) if last else read_backbone(args, valid_list)
+    if dataset.seen_by(about["data"], ("training",)) != dataset.seen_by(data, ("training",)):
+        machine.print(f"note: the backbone in {about['file']} was trained on other images than those to train on now")
     torch.manual_seed(args.seed)
-    backbone = build_backbone(about["arch"])
-    if weights is not None:
-        utils.load_state(backbone.load_state_dict, weights, about["file"])
-    model = build_model(args, backbone, about["patch_size"], len(train_list.class_names))
+    model = build_model(args, about, len(train_list.class_names), weights)
     model.to(machine.device, memory_format=torch.channels_last)
     optimizer = utils.make_optimizer(*model.parameter_groups())
     run.start(model, optimizer, {"model_dict": model}, data=data, backbone=about)
@@ -266,32 +239,21 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
         train_loader.sampler.epoch = epoch
         for group, lr in zip(optimizer.param_groups, (args.lr, args.attention_lr)):
             group["lr"] = utils.learning_rate(lr, args.lr_schedule, epoch, args.epochs)
-        lr, attention_lr = (group["lr"] for group in optimizer.param_groups)
         noise = training_noise(args, len(train_list.files), epoch, machine)
         means = train_one_epoch(net, train_loader, noise, args, optimizer, machine, title)
         valid = validate(net, valid_loader, valid_noise, args.policy, machine)
-        seconds = time.perf_counter() - start
-        figures = {"train": means, "valid": valid, "lr": lr, "attention_lr": attention_lr, "seconds": seconds}
+        rates = {name: group["lr"] for name, group in zip(("lr", "attention_lr"), optimizer.param_groups)}
+        figures = {"train": means, "valid": valid, **rates, "seconds": time.perf_counter() - start}
         best = " (best)" if run.save(epoch, valid["nll"], model, optimizer, **figures) else ""
         machine.print(
             f"{title}: loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; valid "
-            f"{valid['accuracy']:.3f}, NLL {valid['nll']:.3f}{best}; {seconds:.0f} s"
+            f"{valid['accuracy']:.3f}, NLL {valid['nll']:.3f}{best}; {figures['seconds']:.0f} s"
         )
     machine.print(f"best classifier: {run.best_path}")
     machine.print(f"next: python main.py --task=test --save_dir {quote(str(args.save_dir))}")
 
 
 # --- test
-
-
-def load_model(args: Namespace, checkpoint: dict[str, Any], machine: Machine) -> RecurrentAttention:
-    """The best network, in eval mode on the device. Raises UserError if the checkpoint does not fit."""
-    about, n_classes = checkpoint["backbone"], len(checkpoint["data"]["class_names"])
-    model = build_model(args, build_backbone(about["arch"]), about["patch_size"], n_classes)
-    utils.load_state(model.load_state_dict, checkpoint["model_dict"], args.save_dir / FILES[0])
-    model.to(machine.device, memory_format=torch.channels_last).eval()
-    model.glimpse.speed_up(machine.dtype, compiles=machine.compiles)
-    return model
 
 
 def estimates(values: Tensor, policy: str) -> dict[str, Tensor]:
@@ -320,61 +282,53 @@ def prediction_row(probabilities: Tensor, class_names: list[str], location: Tens
     return row
 
 
-def prediction_rows(
-    images: ImageList, data_dir: Path, probabilities: Tensor, location: Tensor, policy: str
-) -> list[dict[str, Any]]:
+def prediction_rows(args: Namespace, images: ImageList, probabilities: Tensor, location: Tensor) -> list[dict]:
     """A row per estimate, but the sampled one, and image. probabilities: [N, M, C], at last; location: [N, M, T, 2]."""
     rows, names = [], images.class_names
-    for estimate, values in estimates(probabilities, policy).items():
-        for i, (file, truth) in enumerate(zip(images.files, images.labels)):
+    for estimate, values in estimates(probabilities, args.policy).items():
+        for file, truth, p, place in zip(images.files, images.labels, values[:, 0], location[:, 0]):
             if estimate != "sampled trajectory":
-                row = {"file": file.relative_to(data_dir), "estimate": estimate, "true_class": names[truth]}
-                place = location[i, 0] if estimate == "deterministic" else torch.full_like(location[i, 0], math.nan)
-                row["true_probability"] = values[i, 0, truth].item()
-                rows.append(row | prediction_row(values[i, 0], names, place))
+                row = {"file": file.relative_to(args.data_dir), "estimate": estimate, "true_class": names[truth]}
+                seen = place if estimate == "deterministic" else torch.full_like(place, math.nan)
+                rows.append({**row, "true_probability": p[truth].item(), **prediction_row(p, names, seen)})
     return rows
 
 
 def measure(policy: str, probabilities: Tensor, location: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Figures by subject and estimate: scores of the policy, and after each glimpse where it looked, and how well.
+    """Figures by subject and estimate: scores after the last glimpse, and after each where it looked, and how well.
 
     probabilities: [N, M, T, C]; location: [N, M, T, 2]; boxes of the dogs: [N, n, 4]; labels: [N].
     """
-    final: dict[str, Any] = {name: scores(p, labels) for name, p in estimates(probabilities[:, :, -1], policy).items()}
-    for values in final.values():
-        values["interval"] = utils.interval(values["accuracy"], len(labels))
-    figures = {f"policy {policy}": final}
+    figures: dict[str, Any] = {f"policy {policy}": {}}
     for t in range(location.shape[2]):
-        answers, of_glimpse = estimates(probabilities[:, :, t], policy), {}
-        for name, places in estimates(location[:, :, t], policy).items():
-            after = scores(answers[name], labels)
+        places, of_glimpse = estimates(location[:, :, t], policy), {}
+        for name, answers in estimates(probabilities[:, :, t], policy).items():
+            after = scores(answers, labels)
+            figures[f"policy {policy}"][name] = {**after, "interval": utils.interval(after["accuracy"], len(labels))}
             of_glimpse[name] = {"accuracy": after["accuracy"], "nll": after["nll"]}
             if not name.startswith("average"):  # which is of n glimpses at n places
-                of_glimpse[name]["distance_from_center"] = distance_from_center(places).mean().item()
-                of_glimpse[name] |= gaze(places, boxes)
+                of_glimpse[name]["distance_from_center"] = places[name].norm(dim=-1).mean().item() / 2
+                of_glimpse[name] |= gaze(places[name], boxes)
         figures[f"glimpse {t + 1}"] = of_glimpse
     return figures
 
 
-def report(figures: dict[str, Any], n_images: int, n_classes: int) -> list[str]:
-    """Lines with the figures of `measure`."""
-    lines = []
+def report(figures: dict[str, Any], n_images: int, n_classes: int, machine: Machine) -> None:
+    """Print the figures of `measure`."""
+    hidden = ("accuracy", "interval") if n_classes > 5 else ("accuracy", "interval", "top5")
     for subject, of_subject in figures.items():
         for estimate, values in of_subject.items():
             shown = [utils.describe_accuracy(values["accuracy"], n_images)]
             if estimate == "sampled trajectory":  # a mean over several, of which each is right on another number
                 shown = [f"{values['accuracy']:.1%} right"]
-            for name, value in values.items():
-                if name not in ("accuracy", "interval") and (name != "top5" or n_classes > 5):
-                    shown.append(f"{name} {value:.4f}")
-            lines.append(f"{subject:15}{estimate:20}" + "  ".join(shown))
-    return lines
+            shown += [f"{name} {value:.4f}" for name, value in values.items() if name not in hidden]
+            machine.print(f"{subject:15}{estimate:20}" + "  ".join(shown))
 
 
 def multiply_adds(args: Namespace, about: dict[str, Any], n_classes: int, n_trajectories: int) -> int:
     """Multiplications, each with an addition, of all networks on one image. about: the backbone."""
     with torch.device("meta"):
-        model = build_model(args, build_backbone(about["arch"]), about["patch_size"], n_classes).eval()
+        model = build_model(args, about, n_classes).eval()
         side = model.glimpse.canvas_size
         canvas = torch.empty(1, 3, side, side, dtype=torch.uint8)
         noise = torch.empty(1, n_trajectories, args.n_glimpses, 2)
@@ -390,21 +344,19 @@ def test(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
         f"{n_images:,} test images of {args.data_dir}, classifier of epoch {checkpoint['epoch'] + 1}; "
         f"boxes for {sum(map(bool, images.annotations)):,} of {n_images:,} images; {images.split_rule}"
     )
-    model = load_model(args, checkpoint, machine)
+    model = Classifier(args, machine, checkpoint).model
     loader = dataset.make_loader(images, args, machine, model.glimpse.canvas_size)
     noise = evaluation_noise(policy, n_images, args.n_trajectories, args.n_glimpses, args.seed)
     probabilities, location, boxes = evaluate(utils.wrap(model, machine), loader, noise, policy, machine, "test")
     figures = measure(policy, probabilities, location, boxes, torch.tensor(images.labels))
-    machine.print("\n".join(report(figures, n_images, len(names))))
+    report(figures, n_images, len(names), machine)
     if machine.rank == 0:
-        other, about = utils.name_of_other_data(args, checkpoint), checkpoint["backbone"]
-        table_path = args.save_dir / f"predictions_{policy}{other}.csv"
-        figures_path = args.save_dir / f"results_{policy}{other}.json"
-        utils.write_table(table_path, prediction_rows(images, args.data_dir, probabilities[:, :, -1], location, policy))
+        name, about = policy + utils.name_of_other_data(args, checkpoint), checkpoint["backbone"]
+        table_path, figures_path = args.save_dir / f"predictions_{name}.csv", args.save_dir / f"results_{name}.json"
+        utils.write_table(table_path, prediction_rows(args, images, probabilities[:, :, -1], location))
         sizes = {name: args.n_trajectories if name.startswith("average") else 1 for name in figures[f"policy {policy}"]}
-        cost = {n: multiply_adds(args, about, len(names), n) for n in set(sizes.values())}
         more = {"images": n_images, "images_seen_in_training": n_seen, "epoch": checkpoint["epoch"] + 1}
-        more["multiply_adds"] = {name: cost[n] for name, n in sizes.items()}
+        more["multiply_adds"] = {name: multiply_adds(args, about, len(names), n) for name, n in sizes.items()}
         more["backbone"] = {name: about[name] for name in ("arch", "patch_size", "file", "sha256")}
         utils.write_results(figures_path, args, machine, figures, **more)
         machine.print(f"figures: {figures_path}, predictions: {table_path}")
@@ -420,45 +372,43 @@ class Prediction(NamedTuple):
 
     probabilities: Tensor  # [C], of the best estimate
     estimate: str  # its name: "average of n" over the sampled trajectories where the policy has any
-    # Where the deterministic trajectory looked, or the first sampled one of policy "random", and what it predicted.
-    location: Tensor  # [T, 2], centres of the glimpses: (x, y) in (-1, 1), x to the right, y down
+    location: Tensor  # [T, 2], centres of the drawn trajectory's glimpses: (x, y) in (-1, 1), x to the right, y down
     attention: Tensor | None  # [T, c c], over the cells of the context, row by row; of policy "learned" only
-    drawn: Tensor  # [T, C], probabilities after each glimpse
+    drawn: Tensor  # [T, C], after each glimpse of the deterministic trajectory; of policy "random", of a sampled one
     canvas: Tensor  # uint8 [3, S, S], the central square of the image
     boxes: Tensor  # [n, 4], of annotated dogs, as fractions of the canvas side
 
 
 class Classifier:
-    """A trained network, ready to classify images, one at a time."""
+    """The best network of a run, in eval mode on the device, to classify one image at a time."""
 
     def __init__(self, args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
         self.args, self.machine = args, machine
         self.class_names: list[str] = checkpoint["data"]["class_names"]
-        self.model = load_model(args, checkpoint, machine)
+        self.model = build_model(args, checkpoint["backbone"], len(self.class_names))
+        utils.load_state(self.model.load_state_dict, checkpoint["model_dict"], args.save_dir / FILES[0])
+        self.model.to(machine.device, memory_format=torch.channels_last).eval()
+        self.model.glimpse.speed_up(machine.dtype, compiles=machine.compiles)
         # The same for every image, so that a prediction does not depend on the other images.
         self.noise = evaluation_noise(args.policy, 1, args.n_trajectories, args.n_glimpses, args.seed)
 
+    @torch.no_grad()
     def __call__(self, image: Image.Image | str | Path, annotation: Path | None = None) -> Prediction:
-        """Classify a PIL image, which is left as it is, or a file, of any size.
+        """Classify a PIL image, which is left as it is, or a file, of any size. Raises UserError, as for a broken file.
 
-        A large JPEG file is decoded at a smaller size, so that its prediction differs slightly from that of the same
-        image opened by PIL. Raises UserError for an unreadable file, and for policy "oracle" without an annotation.
+        A large JPEG file is decoded at a smaller size: its prediction differs slightly from that of an opened image.
         """
-        if self.args.policy == "oracle" and annotation is None:
+        policy, device, size = self.args.policy, self.machine.device, self.model.glimpse.canvas_size
+        if policy == "oracle" and annotation is None:
             raise UserError("--policy oracle looks at annotated dogs: choose another to classify other images")
-        size = self.model.glimpse.canvas_size
         if isinstance(image, Image.Image):
             upright, boxes = dataset.to_rgb(image.copy()), torch.empty(0, 4)
         else:
             upright, boxes = dataset.read_image(image, size, annotation)
-        return self.look(*dataset.crop_to_canvas(upright, boxes, size))
-
-    @torch.no_grad()
-    def look(self, canvas: Tensor, boxes: Tensor) -> Prediction:
-        """Classify a canvas uint8 [3, S, S] with boxes [n, 4] of its dogs, NaN if unknown. Returns CPU tensors."""
-        net, device, policy = utils.MixedPrecision(self.model, self.machine), self.machine.device, self.args.policy
-        noise = look_at(self.noise, boxes.unsqueeze(0), policy)
-        rollout = Rollout(*(x.cpu() for x in net(canvas.unsqueeze(0).to(device), noise.to(device), policy)))
+        canvas, boxes = dataset.crop_to_canvas(upright, boxes, size)
+        noise = look_at(self.noise, boxes.unsqueeze(0), policy).to(device)
+        values = utils.MixedPrecision(self.model, self.machine)(canvas.unsqueeze(0).to(device), noise, policy)
+        rollout = Rollout(*(value.cpu() for value in values))
         drawn = rollout.logits.softmax(-1)  # [1, M, T, C]
         estimate, best = list(estimates(drawn[:, :, -1], policy).items())[-1]
         attention = rollout.attention[0, 0] if policy == "learned" else None
@@ -482,10 +432,7 @@ class Classifier:
 
 
 def load_classifier(save_dir: str | Path, **flags: Any) -> Classifier:
-    """Load the trained classifier in save_dir. flags: of `--task=predict`, such as n_trajectories=1, device="cpu".
-
-    Raises UserError if there is no checkpoint, and for a flag that is invalid or contradicts it.
-    """
+    """The trained classifier in save_dir. flags: of `--task=predict`, such as device="cpu". Raises UserError."""
     argv = [f"--{name}={value}" for name, value in {**flags, "save_dir": save_dir, "task": "predict"}.items()]
     args, checkpoint = utils.parse_flags(make_parser(), argv, FILES, NETWORK)
     return Classifier(args, utils.set_up_machine(args), checkpoint)
@@ -498,20 +445,15 @@ def fixed_choice(n_images: int, n_chosen: int, seed: int) -> list[int]:
     return order[:n_chosen]
 
 
-def drawing_paths(folder: Path, files: Iterable[Path]) -> list[Path]:
-    """A path for the drawing of each file, named after it, with a number if it is not the first of that name.
-
-    Raises UserError if the files themselves lie in that folder, where a drawing could replace one.
-    """
-    paths, taken = [], {"contact_sheet.jpg"}
+def drawing_paths(folder: Path, files: list[Path]) -> list[Path]:
+    """Paths in a folder for drawings, named after their files, with a number where needed. Raises UserError."""
+    paths = {folder / "contact_sheet.jpg": None}  # a dict, which keeps the order
     for file in files:
-        if file.resolve().parent == folder.resolve():
+        if file.resolve().parent == folder.resolve():  # a drawing could replace it
             raise UserError(f"--imgs_dir {folder} holds the image {file.name}: choose another folder for drawings")
-        names = (f"{file.stem[:50]}{f'_{n}' if n else ''}.jpg" for n in range(len(taken) + 1))
-        name = next(name for name in names if name not in taken)
-        paths.append(folder / name)
-        taken.add(name)
-    return paths
+        numbered = (folder / f"{file.stem[:50]}{f'_{n}' if n else ''}.jpg" for n in range(len(paths) + 1))
+        paths[next(path for path in numbered if path not in paths)] = None
+    return list(paths)[1:]
 
 
 def save_image(path: Path, image: Image.Image) -> None:
@@ -540,41 +482,34 @@ def view_glimpses(args: Namespace, machine: Machine, checkpoint: dict[str, Any])
         boxes = patch_boxes(prediction.location, glimpse.scales, glimpse.patch_size)
         caption = classifier.caption(prediction, label).replace(", true", "\ntrue")
         sheet.append((prediction.canvas, boxes, caption, prediction.drawn[-1].argmax().item() == label))
-    sheet_path = args.imgs_dir / "contact_sheet.jpg"
-    save_image(sheet_path, draw_contact_sheet(*zip(*sheet[:N_ON_SHEET])))
-    machine.print(f"drawings of {len(images.files)} images in {args.imgs_dir}, the first {N_ON_SHEET} in {sheet_path}")
+    save_image(args.imgs_dir / "contact_sheet.jpg", draw_contact_sheet(*zip(*sheet[:N_ON_SHEET])))
+    machine.print(f"{len(images.files)} drawings in {args.imgs_dir}, the first {N_ON_SHEET} also in contact_sheet.jpg")
     machine.print(f"next: python main.py --task=predict --save_dir {quote(str(args.save_dir))} --images photo.jpg")
 
 
 def predict(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
-    """Print the five most probable breeds of each image, draw where the model looked, and write a table of both.
-
-    An image that cannot be read is named and passed over. Raises UserError at the end if there were any.
-    """
+    """Print the five most probable breeds of each image, draw where the model looked, and write a table of both."""
     if not args.images:
         raise UserError("--task=predict needs --images PATH ...")
-    files, classifier = dataset.find_images(args.images), Classifier(args, machine, checkpoint)
-    rows, unreadable = [], []
+    files, classifier, rows = dataset.find_images(args.images), Classifier(args, machine, checkpoint), []
     jobs = [*zip(files, drawing_paths(args.imgs_dir, files))]
     for file, path in tqdm(jobs, "predicting", unit=" images", leave=False, disable=None):
         try:
             prediction = classifier(file)
         except dataset.ImageError as error:
-            unreadable.append(error)
+            machine.print(f"passed over: {error}")
             continue
-        row = prediction_row(prediction.probabilities, classifier.class_names, prediction.location)
         save_image(path, classifier.draw(prediction, file.name))
         machine.print(f"{file}: {prediction.estimate} (drawn in {path})")
+        row = prediction_row(prediction.probabilities, classifier.class_names, prediction.location)
         for i in range(1, min(N_BEST, len(classifier.class_names)) + 1):
             machine.print(f"  {row[f'probability_{i}']:6.1%}  {row[f'class_{i}']}")
         rows.append({"file": file, **row})
     if rows:
         utils.write_table(args.imgs_dir / "predictions.csv", rows)
         machine.print(f"predictions: {args.imgs_dir / 'predictions.csv'}")
-    for error in unreadable:
-        machine.print(f"passed over: {error}")
-    if unreadable:
-        raise UserError(f"{len(unreadable)} of {len(files)} images could not be read and were passed over")
+    if n_bad := len(files) - len(rows):
+        raise UserError(f"{n_bad} of {len(files)} images could not be read and were passed over")
 
 
 def main(argv: list[str] | None = None) -> None:

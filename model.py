@@ -92,15 +92,11 @@ class PretrainNetwork(nn.Module):
 
     def __init__(self, *, backbone: nn.Sequential, n_classes: int, patch_size: int) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.patch_size = patch_size
-        n_features = feature_size(backbone)
-        self.heads = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(len(levels) * n_features, 1024), nn.BatchNorm1d(1024), nn.ReLU(), nn.Linear(1024, n_classes)
-            )
-            for levels in HEADS.values()
-        )
+        self.backbone, self.patch_size = backbone, patch_size
+        self.heads = nn.ModuleList()
+        for levels in HEADS.values():
+            first, last = nn.Linear(len(levels) * feature_size(backbone), 1024), nn.Linear(1024, n_classes)
+            self.heads.append(nn.Sequential(first, nn.BatchNorm1d(1024), nn.ReLU(), last))
 
     def forward(self, canvas: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> logits [B, 4, C], one row per head in the order of `HEADS`."""
@@ -120,9 +116,7 @@ class GlimpseNetwork(nn.Module):
     def __init__(self, *, backbone: nn.Sequential, patch_size: int, scales: tuple[int, ...], cells: int) -> None:
         super().__init__()
         self.backbone = fold_batchnorm(backbone).requires_grad_(False)
-        self.patch_size = patch_size
-        self.scales = scales
-        self.cells = cells
+        self.patch_size, self.scales, self.cells = patch_size, scales, cells
         self.canvas_size = canvas_size(patch_size, scales[0])
         self.compiled = False
 
@@ -248,9 +242,8 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, std_dev: float) -> Tensor:
 class RecurrentAttention(nn.Module):
     """Attends to a low-resolution context, takes T high-resolution glimpses and classifies the breed.
 
-    After Sermanet et al. (arXiv 1412.7054), with the location from soft attention. classify_context: whether the LSTM
-    also reads the features of the context, which otherwise only guide the gaze. Raises ValueError for keywords that do
-    not go together.
+    After Sermanet et al. (arXiv 1412.7054), with the location from soft attention. classify_context: the LSTM reads the
+    context too, which otherwise only guides the gaze. Raises ValueError for keywords that do not go together.
     """
 
     def __init__(
@@ -269,9 +262,7 @@ class RecurrentAttention(nn.Module):
     ) -> None:
         super().__init__()
         if not 2 <= cells <= patch_size // 16:
-            raise ValueError(
-                f"--cells must be from 2 to {patch_size // 16}, a sixteenth of the patch size, not {cells}"
-            )
+            raise ValueError(f"--cells must be from 2 to {patch_size // 16}, a sixteenth of --patch_size, not {cells}")
         self.n_glimpses = n_glimpses
         self.std_dev = std_dev
         self.classify_context = classify_context
@@ -348,10 +339,7 @@ class LossTerms(NamedTuple):
 
 
 def rewards(rollout: Rollout, labels: Tensor, supervision: str) -> Tensor:
-    """Reward of each glimpse, [B, M, T], for labels [B]: 1 if the prediction it is judged by is correct, else 0.
-
-    supervision "each": the prediction after that glimpse; "last", as in 2018: the final prediction.
-    """
+    """Reward of each glimpse, [B, M, T]: 1 if the prediction after it ("last": the final one) is correct, else 0."""
     correct = (rollout.logits.argmax(-1) == labels.view(-1, 1, 1)).float()  # [B, M, T]
     return correct if supervision == "each" else correct[:, :, -1:].expand_as(correct)
 

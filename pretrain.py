@@ -58,9 +58,7 @@ def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> di
         try:
             state = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=True)
         except Exception as error:  # of the network, or of a broken download
-            raise UserError(
-                f"the ImageNet weights of {arch} cannot be downloaded ({error}): give --weights FILE or --weights none"
-            ) from error
+            raise UserError(f"ImageNet weights of {arch} cannot be downloaded ({error}): see --weights") from error
     else:
         state = utils.load_checkpoint(Path(weights), "--weights takes imagenet, none, or a file")
     where = f"{weights} (is --arch {arch} right?)"
@@ -119,18 +117,11 @@ def evaluate(net: nn.Module, loader: DataLoader, machine: Machine, title: str) -
     return {name: value.item() for name, value in means.items()}
 
 
-def mean_error(figures: dict[str, float]) -> float:
-    """Mean error of the heads, by which an epoch is judged.
-
-    Not their NLL, which also measures how well they are calibrated: they are not used afterwards. All heads count,
-    since the accuracy of one on a few hundred validation images says little about one epoch or the next.
-    """
-    error = 1 - statistics.fmean(figures[f"accuracy_{name}"] for name in HEADS)
-    return round(error, 6)  # or equal means could differ in their last bit
-
-
 def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> None:
-    """Fine-tune the backbone and keep it at its best, the epoch with the lowest `mean_error` on validation."""
+    """Fine-tune the backbone and keep it at its best, the epoch with the lowest mean error of the heads on validation.
+
+    All heads count, since one on a few hundred images says little; NLL would also measure how well they are calibrated.
+    """
     run = utils.Run(args, machine, FILES, last)
     train_list, valid_list, data = dataset.read_training_data(args, machine)
     if last:
@@ -142,11 +133,9 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
     if min(map(len, torch.arange(train_loader.batch_size).chunk(max(1, len(machine.gpus))))) < 2:
         raise UserError("BatchNorm needs two images for each GPU or process: raise --batch_size, or add images")
     torch.manual_seed(args.seed)
-    model = PretrainNetwork(
-        backbone=build_backbone(args.arch), n_classes=len(train_list.class_names), patch_size=args.patch_size
-    )
-    earlier = {} if last else load_initial_weights(model.backbone, args.weights, args.arch)
-    if earlier:
+    backbone, n_classes = build_backbone(args.arch), len(train_list.class_names)
+    model = PretrainNetwork(backbone=backbone, n_classes=n_classes, patch_size=args.patch_size)
+    if not last and load_initial_weights(model.backbone, args.weights, args.arch):
         raise UserError(f"--weights {args.weights} is a backbone of this script: --resume_training goes on with one")
     place(model, machine)
     optimizer = utils.make_optimizer(model.parameters())
@@ -156,22 +145,20 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
     for epoch in run.epochs:
         start, title = time.perf_counter(), f"epoch {epoch + 1}/{args.epochs}"
         train_loader.sampler.epoch = epoch
-        lr = utils.learning_rate(args.lr, args.lr_schedule, epoch, args.epochs)
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr = utils.learning_rate(args.lr, args.lr_schedule, epoch, args.epochs)
         means = train_one_epoch(net, train_loader, optimizer, machine, title)
         valid = evaluate(net, valid_loader, machine, "validation")
         seconds = time.perf_counter() - start
         figures = {"train": means, "valid": valid, "lr": lr, "seconds": seconds}
-        best = " (best)" if run.save(epoch, mean_error(valid), model, optimizer, **figures) else ""
+        error = 1 - statistics.fmean(valid[f"accuracy_{name}"] for name in HEADS)
+        error = round(error, 6)  # or equal means could differ in their last bit
+        best = " (best)" if run.save(epoch, error, model, optimizer, **figures) else ""
         heads = ", ".join(f"{name} {valid['accuracy_' + name]:.2f}" for name in HEADS)
-        machine.print(
-            f"{title}: loss {means['loss']:.3f}; valid {heads}, NLL {valid['nll']:.3f}{best}; {seconds:.0f} s"
-        )
+        losses = f"loss {means['loss']:.3f}; valid {heads}, NLL {valid['nll']:.3f}"
+        machine.print(f"{title}: {losses}{best}; {seconds:.0f} s")
     machine.print(f"best backbone: {run.best_path}")
-    machine.print(
-        f"next: python main.py --data_dir {quote(str(args.data_dir))} --save_dir {quote(str(args.save_dir))} "
-        f"--valid_size {args.valid_size}"
-    )
+    folders = f"--data_dir {quote(str(args.data_dir))} --save_dir {quote(str(args.save_dir))}"
+    machine.print(f"next: python main.py {folders} --valid_size {args.valid_size}")
 
 
 def multiply_adds(args: Namespace, model: PretrainNetwork) -> dict[str, int]:

@@ -8,12 +8,12 @@ import datetime
 import json
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
 import time
 import uuid
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
@@ -35,17 +35,6 @@ class UserError(Exception):
     """A mistake that the user can fix; the message is one line that names the flag, file or value and what to do."""
 
 
-def explain(error: RuntimeError | MemoryError) -> str:
-    """Why PyTorch failed and what to do, where the user can do something about it; else empty."""
-    if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
-        return f"--compile does not work here ({str(error).strip().splitlines()[0][:160]}): leave it out"
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)  # PyTorch has a type for GPU memory only
-    if not known and "can't allocate memory" not in str(error) and "by signal: Killed" not in str(error):
-        return ""
-    where = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
-    return f"out of {where}memory: choose a smaller batch, a smaller network or fewer trajectories"
-
-
 def run(main: Callable[[], None]) -> None:
     """Run a script; a mistake, lack of memory, Ctrl-C (exit code 130) or SIGTERM (143) ends it with one line."""
 
@@ -62,21 +51,20 @@ def run(main: Callable[[], None]) -> None:
         main()
         if dist.is_initialized():  # not after an error, when other processes may never get here
             dist.destroy_process_group()
-    except UserError as error:
+    except (UserError, ModuleNotFoundError) as error:
         # An error in a loader's worker arrives inside its traceback; file names may have line breaks.
         message = str(error).partition(f".{type(error).__name__}: ")[2] or str(error)
         sys.exit("error: " + message.strip().replace("\n", " "))
     except (RuntimeError, MemoryError, KeyboardInterrupt) as error:
         if signals:  # which also end the loader's workers: PyTorch may report that as a RuntimeError
-            if int(os.environ.get("RANK", 0)) == 0:
-                print(
-                    "stopped: --resume_training=True continues after the last finished epoch, if there is one",
-                    file=sys.stderr,
-                )
+            print("stopped: --resume_training=True continues after the last finished epoch, if any", file=sys.stderr)
             sys.exit(128 + signals[0])
-        if not (reason := explain(error)):
+        if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
+            sys.exit(f"error: --compile does not work here ({str(error).strip().splitlines()[0][:160]}): leave it out")
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)  # PyTorch has a type for GPU memory only
+        if not known and "can't allocate memory" not in str(error) and "by signal: Killed" not in str(error):
             raise
-        sys.exit(f"error: {reason}")
+        sys.exit("error: out of memory: choose a smaller batch, a smaller network or fewer trajectories")
 
 
 # --- flags
@@ -113,10 +101,7 @@ N_WORKERS = max(1, min(N_CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, unless they are empty, and the commands of the script's docstring as they are."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in ("", []) else super()._get_help_string(action)
+    """Shows the defaults, and the commands of the script's docstring as they are."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,7 +112,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=summary, epilog=rest, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError instead of printing all flags."""
         raise UserError(f"{message} (--help lists all flags)")
 
     def add_shared_flags(self) -> None:
@@ -138,54 +122,46 @@ class Parser(argparse.ArgumentParser):
         files("--valid_size", type=fraction, default=0.1, help="fraction of the training images to validate on")
         files("--skip_bad_images", **SWITCH, help="leave out images that cannot be read")
         training = self.add_argument_group("training").add_argument
-        training(
-            "--epochs", type=count, default=101, help="total epochs, with those before a resume; 0: save untrained"
-        )
+        training("--epochs", type=count, default=101, help="total epochs, before and after a resume; 0: save untrained")
         training("--batch_size", type=positive_count, default=128, help="batch size over all GPUs and processes")
         training("--lr", type=positive, default=1e-4, help="learning rate of Adam")
         training("--lr_schedule", default="cosine", choices=["constant", "cosine"], help="learning-rate schedule")
-        training("--smallest_crop", type=fraction_or_one, default=1.0, help="smallest side of a random training crop, "
-                 "as a fraction of the short side: try 0.6 against overfitting")  # fmt: skip
+        training("--smallest_crop", type=fraction_or_one, default=1.0, help="smallest random crop: try 0.6 of the side")
         training("--seed", type=count, default=0, help="random seed")
         training("--resume_training", **SWITCH, help="continue after the last finished epoch")
         training("--overwrite", **SWITCH, help="replace an earlier run in --save_dir")
         training("--tensorboard", **SWITCH, help="also log for TensorBoard (pip install tensorboard)")
         machine = self.add_argument_group("machine").add_argument
         machine("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: GPUs if there are any")
-        machine("--gpus", type=gpu_list, default="", help="GPUs to use, such as 0,2; all if empty")
+        machine("--gpus", type=gpu_list, default="", help="GPUs to use, such as 0,2; all if empty%(default)s")
         machine("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where it is fast")
         machine("--compile", **SWITCH, help="compile the backbone: faster in bf16, after a minute")
         machine("--num_workers", type=count, default=N_WORKERS, help="processes that load images")
 
 
-def parse_flags(
-    parser: Parser, argv: list[str] | None, files: tuple[str, ...], network: tuple[str, ...]
-) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+def parse_flags(parser: Parser, argv: list[str] | None, files: tuple, network: tuple) -> tuple[Namespace, dict | None]:
     """The flags, and the checkpoint that they refer to: the last one to resume from, the best one to use, or None.
 
     A flag is the one given, else the one stored, else the default. files: names of the best and the last checkpoint.
     network: flags that must agree with what is stored; when training is resumed all must, except `MAY_CHANGE`.
-    Raises UserError for a mistake, a missing or broken checkpoint, and a flag that contradicts it.
     """
     args = parser.parse_args(argv)
-    resumes, trains = args.resume_training, args.task == "train"
-    if trains and not resumes:
+    trains = args.task == "train"
+    if trains and not args.resume_training:
         return args, None
-    if trains and args.overwrite:
-        raise UserError("--resume_training continues a run and --overwrite replaces it: leave one of them out")
     hint = "there is no run to resume, leave --resume_training out" if trains else "train first, or see --save_dir"
     path = args.save_dir / files[1 if trains else 0]
     checkpoint = load_checkpoint(path, hint, "model_dict", "settings", "data", "epoch", "versions")
     parser.set_defaults(**checkpoint["settings"])  # texts, which argparse converts as it does those of the command line
     args, stored = parser.parse_args(argv), parser.parse_args([])
     for name in checkpoint["settings"]:
-        if (name not in MAY_CHANGE if trains else name in network) and getattr(args, name) != getattr(stored, name):
-            given, before = f"--{name} {getattr(args, name)}", f"{name} {getattr(stored, name)}"
-            raise UserError(f"{given} contradicts {path}, made with {before}: leave it out, or see --save_dir")
+        given, before = getattr(args, name), getattr(stored, name)
+        if given != before and (name not in MAY_CHANGE if trains else name in network):
+            raise UserError(f"--{name} {given} contradicts {path}, made with {before}: leave it out, or see --save_dir")
     return args, checkpoint
 
 
-def name_of_other_data(args: argparse.Namespace, checkpoint: dict[str, Any]) -> str:
+def name_of_other_data(args: Namespace, checkpoint: dict[str, Any]) -> str:
     """What the names of results end with: empty, or "_" and the folder if it is not the one that was trained on."""
     folder, own = args.data_dir.resolve(), Path(checkpoint["settings"]["data_dir"]).resolve()
     return "" if folder == own else f"_{folder.name}"
@@ -216,30 +192,17 @@ class Machine(NamedTuple):
             sys.stdout.flush()
 
 
-def keep_freed_memory() -> None:
-    """Let new tensors reuse freed memory; glibc returns large blocks to the system, which must clear fresh pages."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h: do not serve large blocks by mmap
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return memory
-
-
 def choose_gpus(wanted: str, n_gpus: int, local_rank: int | None) -> list[int]:
     """The GPUs of this process: those wanted, else all; under torchrun the one of its local rank. Raises UserError."""
     gpus = [int(number) for number in wanted.split(",")] if wanted else list(range(n_gpus))
-    missing = [gpu for gpu in gpus if gpu >= n_gpus]
-    if missing or not gpus:
-        raise UserError(f"GPU {missing[0] if missing else 0} not found: this machine has {n_gpus} visible GPUs")
-    if local_rank is not None and local_rank >= len(gpus):
-        raise UserError(f"torchrun started more processes on this machine than the {len(gpus)} GPUs to use")
+    if max(gpus, default=0) >= n_gpus or (local_rank or 0) >= len(gpus):
+        raise UserError(f"--gpus {wanted or 'all'}: there are {n_gpus} GPUs, from 0 on; torchrun needs one per process")
     return gpus if local_rank is None else [gpus[local_rank]]
 
 
-def set_up_machine(args: argparse.Namespace) -> Machine:
+def set_up_machine(args: Namespace) -> Machine:
     """Choose device and precision, and join the other processes if torchrun started this one. Raises UserError."""
     local_rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None  # set by torchrun
-    if args.device == "cpu" and args.gpus:
-        raise UserError("--gpus with --device cpu: leave one of them out")
     if args.device == "cuda" or (args.device == "auto" and (args.gpus or torch.cuda.is_available())):
         gpus = choose_gpus(args.gpus, torch.cuda.device_count(), local_rank)
         device = torch.device("cuda", gpus[0])
@@ -249,7 +212,11 @@ def set_up_machine(args: argparse.Namespace) -> Machine:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         gpus, device, has_bf16 = [], torch.device("cpu"), torch.cpu._is_avx512_bf16_supported()
-        keep_freed_memory()
+        # Let new tensors reuse freed memory; glibc returns large blocks to the system, which must clear fresh pages.
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h: do not serve large blocks by mmap
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return memory
     if args.compile and len(gpus) > 1:
         raise UserError("--compile takes one GPU per process: choose it with --gpus, or start one process for each")
     precision = args.precision if args.precision != "auto" else "bf16" if has_bf16 else "fp32"
@@ -261,11 +228,7 @@ def set_up_machine(args: argparse.Namespace) -> Machine:
 
 
 class MixedPrecision(nn.Module):
-    """A network under autocast.
-
-    The context belongs inside `forward`: DataParallel calls that in threads of its own, which inherit from an outer
-    context that autocast is on, but not its type.
-    """
+    """A network under autocast, entered in `forward`, since threads of DataParallel do not inherit its type."""
 
     def __init__(self, net: nn.Module, machine: Machine) -> None:
         super().__init__()
@@ -273,7 +236,6 @@ class MixedPrecision(nn.Module):
         self.device_type, self.enabled = machine.device.type, machine.precision == "bf16"
 
     def forward(self, *inputs: Any) -> Any:
-        """What the network computes."""
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.enabled):
             return self.net(*inputs)
 
@@ -298,13 +260,10 @@ def learning_rate(lr: float, schedule: str, epoch: int, epochs: int) -> float:
 
 
 def for_evaluation(net: nn.Module) -> nn.Module:
-    """The wrapped model in eval mode, equal in all processes, whose `forward` waits for no other process.
-
-    Processes may have different numbers of batches and, after a training step, different BatchNorm statistics.
-    """
+    """The wrapped model in eval mode, whose `forward` waits for no other process: they may differ in batches."""
     if isinstance(net, nn.parallel.DistributedDataParallel):
         net = net.module
-        for buffer in net.buffers():
+        for buffer in net.buffers():  # statistics of BatchNorm, of which training gives each process its own
             dist.broadcast(buffer, src=0)
     return net.eval()
 
@@ -313,16 +272,13 @@ def for_evaluation(net: nn.Module) -> nn.Module:
 
 
 class Meter(tqdm):
-    """Progress of a pass over a loader, in images of all processes, and means over them. optimizer: if it trains.
-
-    A terminal shows a bar; elsewhere a line a minute is printed.
-    """
+    """Progress in images of all processes, as a bar or, without a terminal, a line a minute; and means over images."""
 
     def __init__(self, title: str, loader: DataLoader, machine: Machine, optimizer: Optimizer | None = None) -> None:
         n_images = min(len(loader.dataset), len(loader) * loader.batch_size * machine.world_size)
         hidden = True if machine.rank else None  # None: where standard error is not a terminal
         super().__init__(total=n_images, desc=title, unit=" images", leave=False, disable=hidden)
-        self.title, self.machine, self.optimizer, self.n_batches = title, machine, optimizer, len(loader)
+        self.title, self.machine, self.optimizer = title, machine, optimizer
         self.sums: dict[str, float] = {}
         self.n_images = self.n_steps = 0
         self.start = self.last_line = time.monotonic()
@@ -334,20 +290,16 @@ class Meter(tqdm):
         values = torch.stack([mean.detach() for mean in means.values()]).tolist() if means else []
         if not all(map(math.isfinite, values)):
             rates = " and ".join(dict.fromkeys(f"{group['lr']:.3g}" for group in self.optimizer.param_groups))
-            where = f"{self.title}, step {self.n_steps}: the loss is not finite at learning rate {rates}"
-            raise UserError(f"{where}: lower it; what earlier epochs saved is intact")
+            step = f"{self.title}, step {self.n_steps}"
+            raise UserError(f"{step}: the loss is not finite at learning rate {rates}: lower it")
         for name, value in zip(means, values):
             self.sums[name] = self.sums.get(name, 0.0) + value * n_images
-        loss = f"loss {self.sums['loss'] / self.n_images:.3f}" if means else ""
-        self.set_postfix_str(loss, refresh=False)
+        self.set_postfix_str(f"loss {self.sums['loss'] / self.n_images:.3f}" if means else "", refresh=False)
         super().update(n_images * self.machine.world_size)
-        if self.disable and time.monotonic() - self.last_line >= SECONDS_PER_LINE:
-            self.last_line = time.monotonic()
-            seconds = self.last_line - self.start
-            rate = f"{self.n_images * self.machine.world_size / seconds:.1f} images/s"
-            left = tqdm.format_interval((self.n_batches - self.n_steps) * seconds / self.n_steps)
-            parts = [f"step {self.n_steps} of {self.n_batches}", loss, rate, f"{left} left"]
-            self.machine.print(f"{self.title}: {', '.join(filter(None, parts))}")
+        now, n_done = time.monotonic(), self.n_images * self.machine.world_size
+        if self.disable and now - self.last_line >= SECONDS_PER_LINE:
+            self.last_line, words = now, {"prefix": self.title, "unit": " images", "postfix": self.postfix}
+            self.machine.print(self.format_meter(n_done, self.total, now - self.start, ncols=0, **words))
 
     def means(self) -> dict[str, float]:
         """The means over the images of all processes."""
@@ -359,9 +311,7 @@ class Meter(tqdm):
 
 
 @torch.no_grad()
-def collect(
-    predict: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]], loader: DataLoader, machine: Machine, title: str
-) -> list[Tensor]:
+def collect(predict: Callable[..., tuple], loader: DataLoader, machine: Machine, title: str) -> list[Tensor]:
     """Predictions for all images of a list and, last, their boxes [N, n, 4], on the CPU and in the list's order.
 
     predict: canvases uint8 [B, 3, S, S] on the device, boxes [B, n, 4], indices in the list [B] -> tensors [B, ...].
@@ -380,12 +330,9 @@ def collect(
         shard = [torch.cat(parts) for parts in zip(*shards)]
     index, *values = shard
     if index.sort().values.tolist() != list(range(len(loader.dataset))):
-        twice = len(index) - len(index.unique())
-        raise UserError(f"{title}: {len(index)} predictions for {len(loader.dataset)} images, {twice} of them repeated")
+        raise UserError(f"{title}: {len(index)} predictions of {len(index.unique())} of {len(loader.dataset)} images")
     if not all(value.isfinite().all() for value in values[:-1]):
-        raise UserError(
-            f"{title}: the network's predictions are not finite: train with a lower --lr; earlier files are intact"
-        )
+        raise UserError(f"{title}: the network's predictions are not finite: train with a lower --lr")
     return [value[index.argsort()] for value in values]
 
 
@@ -423,10 +370,7 @@ def prepare_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, **how: Any) -> Iterator[IO[Any]]:
-    """Open a file of a unique name, flush it to the disk and rename it, so that `path` is always complete, old or new.
-
-    Raises UserError if the disk refuses.
-    """
+    """Write to a file of a unique name, flush it to the disk and rename it to `path`. Raises UserError."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, **how) as file:
@@ -434,8 +378,11 @@ def replacing(path: Path, **how: Any) -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); earlier files are intact") from error
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # which PyTorch's archive hides
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"cannot write {path} ({cause.strerror}); earlier files are intact") from error
     finally:
         with contextlib.suppress(OSError):  # renamed already, or never opened
             temporary.unlink()
@@ -454,12 +401,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint, completely or not at all."""
     with replacing(path, mode="wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # of closing the archive, after a full disk or Ctrl-C
-            if isinstance(error.__context__, OSError | KeyboardInterrupt):
-                raise error.__context__ from error
-            raise
+        torch.save(content, file)
 
 
 def load_checkpoint(path: Path, hint: str, *entries: str) -> Any:
@@ -468,16 +410,11 @@ def load_checkpoint(path: Path, hint: str, *entries: str) -> Any:
         raise UserError(f"checkpoint {path} not found: {hint}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch raises many types on a broken file
-        reason = "it is truncated or not a checkpoint of PyTorch weights"
-        if "Unsupported global" in str(error):
-            reason = "it holds Python objects, such as a whole model: save its state_dict() instead"
-        raise UserError(f"{path} cannot be read: {reason}") from error
-    for name in entries:
-        if not isinstance(content, dict) or name not in content:
-            raise UserError(f"{path} is not a checkpoint of the expected kind: it has no entry {name}")
+        wanted = "a whole file of PyTorch weights, such as a model's state_dict(), is needed"
+        raise UserError(f"{path} cannot be read ({type(error).__name__}): {wanted}") from error
+    if entries and not (isinstance(content, dict) and content.keys() >= set(entries)):
+        raise UserError(f"{path} is not a checkpoint of the expected kind, which has entries {', '.join(entries)}")
     return content
 
 
@@ -486,8 +423,8 @@ def load_state(load: Callable[[dict[str, Any]], Any], state: dict[str, Any], pat
     try:
         load(state)
     except (RuntimeError, AttributeError, TypeError, ValueError, KeyError) as error:
-        mismatches = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        raise UserError(f"the state in {path} does not fit this network: {mismatches[0][:160]}") from error
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"the state in {path} does not fit this network: {reason}") from error
 
 
 def cpu_state(module: nn.Module) -> dict[str, Tensor]:
@@ -495,7 +432,7 @@ def cpu_state(module: nn.Module) -> dict[str, Tensor]:
     return {key: value.cpu() for key, value in module.state_dict().items()}
 
 
-def provenance(args: argparse.Namespace, machine: Machine) -> dict[str, dict[str, str]]:
+def provenance(args: Namespace, machine: Machine) -> dict[str, dict[str, str]]:
     """Flags, as texts, and versions, to store with what they made; git is the commit, empty where this is no clone."""
     git = ""
     with contextlib.suppress(OSError):
@@ -506,23 +443,21 @@ def provenance(args: argparse.Namespace, machine: Machine) -> dict[str, dict[str
     return {"settings": {k: str(x) for k, x in vars(args).items() if k not in OF_COMMAND}, "versions": versions}
 
 
-def write_results(path: Path, args: argparse.Namespace, machine: Machine, figures: dict[str, Any], **more: Any) -> None:
+def write_results(path: Path, args: Namespace, machine: Machine, figures: dict[str, Any], **more: Any) -> None:
     """Write the figures of a test as JSON, with more entries, the flags and the versions that they depend on."""
     with replacing(path, mode="w", encoding="utf-8") as file:
         json.dump({**more, "figures": figures, **provenance(args, machine)}, file, indent=1)
 
 
-def print_opening(args: argparse.Namespace, machine: Machine, model: nn.Module, data: str) -> None:
+def print_opening(args: Namespace, machine: Machine, model: nn.Module, data: str) -> None:
     """Say in three lines what a training run is made of: data, network and machine, flags."""
     total = sum(p.numel() for p in model.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     place = f"GPUs {machine.gpus}" if machine.gpus else f"CPU with {torch.get_num_threads()} threads"
     chosen = " (the fastest that the hardware has)" if args.precision == "auto" else ""
     machine.print(f"data:    {data}")
-    machine.print(
-        f"network: {total:.1f} M parameters, {trained:.1f} M of them trained; {place}, {machine.world_size} process"
-        f"{'es' if machine.world_size > 1 else ''}, {machine.precision}{chosen}"
-    )
+    network = f"{total:.1f} M parameters, {trained:.1f} M of them trained"
+    machine.print(f"network: {network}; {place}, processes: {machine.world_size}, {machine.precision}{chosen}")
     machine.print(f"flags:   {' '.join(f'{k}={x}' for k, x in vars(args).items() if k not in OF_COMMAND)}")
 
 
@@ -533,73 +468,58 @@ class Run:
     is resumed, else None. Raises UserError, before anything is written, if an earlier run would be lost.
     """
 
-    def __init__(self, args: argparse.Namespace, machine: Machine, files: tuple[str, ...], last: dict | None) -> None:
+    def __init__(self, args: Namespace, machine: Machine, files: tuple[str, ...], last: dict | None) -> None:
         self.args, self.machine, self.files, self.last = args, machine, files, last
         self.best_path, self.last_path, self.log_path = (args.save_dir / name for name in files[:3])
         present = [name for name in files[:3] if os.path.exists(args.save_dir / name)]
         if present and not last and not args.overwrite:
-            resume = "continue it with --resume_training=True, " if files[1] in present else ""
-            raise UserError(
-                f"{args.save_dir} holds an earlier run ({', '.join(present)}): {resume}replace it with --overwrite, "
-                "or choose another --save_dir"
-            )
+            ways = "continue it with --resume_training=True, replace it with --overwrite, or choose another --save_dir"
+            raise UserError(f"{args.save_dir} holds an earlier run ({', '.join(present)}): {ways}")
         self.best_score, self.rows = (last["best_score"], last["log"]) if last else (math.inf, [])
         self.epochs = range(last["epoch"] + 1 if last else 0, args.epochs)  # those to train, from 0
         self.board: Any = None  # TensorBoard's writer
 
     def start(self, model: nn.Module, optimizer: Optimizer, best: dict[str, nn.Module], **origin: Any) -> None:
-        """Try the folder, and restore the state after the last epoch if the run is resumed.
-
-        best: modules whose states the best checkpoint holds, by name. origin: what else checkpoints store, such as the
-        data. Raises UserError if the folder cannot be written to, or the state does not fit.
-        """
+        """Try the folder and restore a resumed run. best: modules of the best checkpoint; origin: entries of both."""
         prepare_folder(self.args.save_dir)
-        self.stored = {**provenance(self.args, self.machine), **origin}
-        self.best = best
+        self.best, self.stored = best, {**provenance(self.args, self.machine), **origin}
         if self.last:
             load_state(model.load_state_dict, self.last["model_dict"], self.last_path)
             load_state(optimizer.load_state_dict, self.last["optimizer"], self.last_path)
             if not self.epochs:
                 self.machine.print(f"epochs done: {self.epochs.start}; to go on, raise --epochs above that")
-        elif not self.epochs:
+        elif not self.epochs and self.machine.rank == 0:
             self.save_best(-1, {})
         if self.args.tensorboard and self.machine.rank == 0:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise UserError("--tensorboard needs a package that is missing: pip install tensorboard") from error
+            from torch.utils.tensorboard import SummaryWriter
+
             folder = self.args.save_dir / "tensorboard" / self.log_path.stem
             self.board = SummaryWriter(folder, purge_step=self.epochs.start + 1)
 
     def save_best(self, epoch: int, metrics: dict[str, float]) -> None:
         """Write the best checkpoint, of this epoch (from 0; -1: untrained). The first one replaces an earlier run."""
-        if self.machine.rank == 0:
-            if not self.last and not self.rows:
-                for path in [path for name in self.files[1:] for path in self.args.save_dir.glob(name)]:
-                    path.unlink()
-            states = {name: cpu_state(module) for name, module in self.best.items()}
-            save_checkpoint(self.best_path, {**states, "epoch": epoch, "metrics": metrics, **self.stored})
+        if epoch <= 0:  # a resumed run begins later
+            for path in [path for name in self.files[1:] for path in self.args.save_dir.glob(name)]:
+                path.unlink()
+        states = {name: cpu_state(module) for name, module in self.best.items()}
+        save_checkpoint(self.best_path, {**states, "epoch": epoch, "metrics": metrics, **self.stored})
 
     def save(self, epoch: int, score: float, model: nn.Module, optimizer: Optimizer, **metrics: Any) -> bool:
-        """Write an epoch (from 0) to all three files. Returns whether its score is the lowest so far, or equal to it.
-
-        metrics: numbers, or dicts of them, whose keys are prefixed in the log. The last checkpoint is written last: a
-        run that is stopped before that repeats the epoch when resumed.
-        """
+        """Write an epoch (from 0) to all three files. Returns whether no score so far was lower."""
         is_best, self.best_score = score <= self.best_score, min(score, self.best_score)
         row = {"epoch": epoch + 1}
-        for part, value in metrics.items():
+        for part, value in metrics.items():  # numbers, or dicts of them
             row |= {f"{part}_{name}": one for name, one in value.items()} if isinstance(value, dict) else {part: value}
+        self.rows.append(row)
         if self.machine.rank == 0:
             if is_best:
                 self.save_best(epoch, row)
-            write_table(self.log_path, [*self.rows, row])
+            write_table(self.log_path, self.rows)
             if self.board:
                 for name, value in list(row.items())[1:]:  # without the epoch
                     self.board.add_scalar("/".join(reversed(name.split("_", 1))), value, epoch + 1)
                 self.board.flush()
-            state = {"model_dict": cpu_state(model), "optimizer": optimizer.state_dict()}
-            progress = {"epoch": epoch, "best_score": self.best_score, "log": [*self.rows, row]}
-            save_checkpoint(self.last_path, {**state, **progress, **self.stored})
-        self.rows = [*self.rows, row]
+            # Last, so that a run that is stopped before repeats the epoch when resumed.
+            state = {"model_dict": cpu_state(model), "optimizer": optimizer.state_dict(), "log": self.rows}
+            save_checkpoint(self.last_path, {**state, "epoch": epoch, "best_score": self.best_score, **self.stored})
         return is_best

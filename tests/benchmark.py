@@ -157,7 +157,7 @@ def random_patches(setting: Setting, n_patches: int) -> torch.Tensor:
 def make_classifier(setting: Setting, k: int, start_size: int, n_glimpses: int) -> RecurrentAttention:
     """The network of main.py, of the default flags but for those given, with random weights."""
     args = main_flags(k=k, start_size=start_size, n_glimpses=n_glimpses)
-    net = main.build_model(args, build_backbone(setting.arch), setting.patch_size, N_CLASSES)
+    net = main.build_model(args, {"arch": setting.arch, "patch_size": setting.patch_size}, N_CLASSES)
     net.to(setting.machine.device, memory_format=torch.channels_last)
     net.glimpse.speed_up(setting.machine.dtype, compiles=setting.machine.compiles)
     return net

@@ -181,8 +181,7 @@ def load(save_dir: Path) -> RecurrentAttention:
     """The best classifier in a folder, rebuilt from its checkpoint alone."""
     argv = ["--task=predict", "--save_dir", str(save_dir)]
     args, checkpoint = utils.parse_flags(main.make_parser(), argv, main.FILES, main.NETWORK)
-    arch, patch_size = checkpoint["backbone"]["arch"], checkpoint["backbone"]["patch_size"]
-    net = main.build_model(args, build_backbone(arch), patch_size, len(checkpoint["data"]["class_names"])).eval()
+    net = main.build_model(args, checkpoint["backbone"], len(checkpoint["data"]["class_names"])).eval()
     net.load_state_dict(checkpoint["model_dict"])
     return net
 

