@@ -126,7 +126,7 @@ class Parser(argparse.ArgumentParser):
         training("--batch_size", type=positive_count, default=128, help="batch size over all GPUs and processes")
         training("--lr", type=positive, default=1e-4, help="learning rate of Adam")
         training("--lr_schedule", default="cosine", choices=["constant", "cosine"], help="learning-rate schedule")
-        training("--smallest_crop", type=fraction_or_one, default=1.0, help="smallest random crop: try 0.6 of the side")
+        training("--smallest_crop", type=fraction_or_one, default=1.0, help="smallest random crop, in short sides")
         training("--seed", type=count, default=0, help="random seed")
         training("--resume_training", **SWITCH, help="continue after the last finished epoch")
         training("--overwrite", **SWITCH, help="replace an earlier run in --save_dir")
