@@ -12,7 +12,7 @@ from conftest import ARCH, draw_image
 
 import main
 import pretrain
-from data import stanford_dogs, toy_dogs
+from data import small_dogs, stanford_dogs, toy_dogs
 from dataset import read_image, read_list
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,7 @@ SHARED = ["--data_dir", "data/toy", "--save_dir", "saved", "--device", "cpu", "-
 SHARED += ["--batch_size", "4", "--epochs", "1", "--valid_size", "0.5"]
 BACKBONE = ["--arch", ARCH, "--patch_size", "32", "--weights", "none"]
 SIZES = {"pretrain.py": SHARED, "main.py": [*SHARED, "--n_samples", "2"], "tests/probe.py": SHARED}
-NETWORKS = {"pretrain.py": BACKBONE, "main.py": ["--rnn_hidden", "8"], "tests/probe.py": BACKBONE}
+NETWORKS = {"pretrain.py": BACKBONE, "main.py": ["--rnn_hidden", "8", "--cells", "2"], "tests/probe.py": BACKBONE}
 
 
 def blocks() -> list[str]:
@@ -78,6 +78,8 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
             assert words[0] in targets
         elif words[0] == "data/stanford_dogs.py":
             stanford_dogs.parse_args(words[1:])
+        elif words[0] == "data/small_dogs.py":
+            small_dogs.main([*words[1:], "--source", "data/toy", "--data_dir", "data/small", "--size", "64"])
         elif words[0] in BY_HAND:
             assert (ROOT / words[0]).exists()
         elif program == "torchrun" or "--gpus" in words:
