@@ -483,7 +483,7 @@ def view_glimpses(args: Namespace, machine: Machine, checkpoint: dict[str, Any])
         caption = classifier.caption(prediction, label).replace(", true", "\ntrue")
         sheet.append((prediction.canvas, boxes, caption, prediction.drawn[-1].argmax().item() == label))
     save_image(args.imgs_dir / "contact_sheet.jpg", draw_contact_sheet(*zip(*sheet[:N_ON_SHEET])))
-    machine.print(f"{len(images.files)} drawings in {args.imgs_dir}, the first {N_ON_SHEET} also in contact_sheet.jpg")
+    machine.print(f"{len(images.files)} drawings in {args.imgs_dir}; contact_sheet.jpg has up to {N_ON_SHEET} of them")
     machine.print(f"next: python main.py --task=predict --save_dir {quote(str(args.save_dir))} --images photo.jpg")
 
 
