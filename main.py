@@ -250,7 +250,8 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
             f"{valid['accuracy']:.3f}, NLL {valid['nll']:.3f}{best}; {figures['seconds']:.0f} s"
         )
     machine.print(f"best classifier: {run.best_path}")
-    machine.print(f"next: python main.py --task=test --save_dir {quote(str(args.save_dir))}")
+    skip = " --skip_bad_images" if args.skip_bad_images else ""
+    machine.print(f"next: python main.py --task=test --save_dir {quote(str(args.save_dir))}{skip}")
 
 
 # --- test

@@ -158,7 +158,8 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
         machine.print(f"{title}: {losses}{best}; {seconds:.0f} s")
     machine.print(f"best backbone: {run.best_path}")
     folders = f"--data_dir {quote(str(args.data_dir))} --save_dir {quote(str(args.save_dir))}"
-    machine.print(f"next: python main.py {folders} --valid_size {args.valid_size}")
+    skip = " --skip_bad_images" if args.skip_bad_images else ""
+    machine.print(f"next: python main.py {folders} --valid_size {args.valid_size}{skip}")
 
 
 def multiply_adds(args: Namespace, model: PretrainNetwork) -> dict[str, int]:
