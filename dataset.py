@@ -70,8 +70,6 @@ class ImageList(NamedTuple):
 
 
 # --- layouts
-
-
 def subfolders(folder: Path) -> dict[str, Path]:
     """The visible folders in a folder, by name. Raises UserError if it cannot be read."""
     try:
@@ -276,8 +274,6 @@ def find_images(paths: list[Path]) -> list[Path]:
 
 
 # --- decoding
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any image as upright 8-bit RGB, on white, perhaps changed in place. Raises ValueError for an unknown range."""
     ImageOps.exif_transpose(image, in_place=True)
@@ -383,8 +379,6 @@ def crop_to_canvas(
 
 
 # --- loaders
-
-
 class ImageDataset(Dataset):
     """Items (uint8 canvas [3, S, S], boxes [N_BOXES, 4], label, index) by index or by (index, RandomCrop)."""
 
@@ -446,8 +440,6 @@ def make_loader(
 
 
 # --- the check of all images, and what checkpoints know of them
-
-
 def check_images(args: Namespace, machine: Machine, *lists: ImageList) -> list[ImageList]:
     """Each list with fingerprints and without bad images. Raises UserError for these unless they are to be skipped."""
 

@@ -70,8 +70,6 @@ def make_parser() -> utils.Parser:
 
 
 # --- training
-
-
 def look_at(noise: Tensor, boxes: Tensor, policy: str) -> Tensor:
     """The noise [B, M, T, 2] for the network; for "oracle" the middle of the first, largest of the boxes [B, n, 4]."""
     location = (boxes[:, 0, :2] + boxes[:, 0, 2:] - 1).nan_to_num(0)  # without a box, the middle of the image
@@ -255,8 +253,6 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
 
 
 # --- test
-
-
 def estimates(values: Tensor, policy: str) -> dict[str, Tensor]:
     """Group values [N, M, ...] of the trajectories of `evaluation_noise` by how they are turned into a prediction.
 
@@ -366,8 +362,6 @@ def test(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
 
 
 # --- drawings and predictions
-
-
 class Prediction(NamedTuple):
     """Prediction for one image, among C classes, after T glimpses."""
 

@@ -168,8 +168,6 @@ def name_of_other_data(args: Namespace, checkpoint: dict[str, Any]) -> str:
 
 
 # --- the machine
-
-
 class Machine(NamedTuple):
     """What this process computes on."""
 
@@ -269,8 +267,6 @@ def for_evaluation(net: nn.Module) -> nn.Module:
 
 
 # --- meter and predictions
-
-
 class Meter(tqdm):
     """Progress in images of all processes, as a bar or, without a terminal, a line a minute; and means over images."""
 
@@ -358,8 +354,6 @@ def describe_accuracy(accuracy: float, n_images: int) -> str:
 
 
 # --- files
-
-
 def prepare_folder(path: Path) -> None:
     """Make a folder to write to. Raises UserError at once, rather than after an epoch, where that is impossible."""
     with contextlib.suppress(OSError):
