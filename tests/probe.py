@@ -73,7 +73,7 @@ def fit_probe(features: Tensor, labels: Tensor, n_classes: int, weight_decay: fl
 
 @torch.no_grad()
 def probabilities_of(probe: nn.Linear, features: Tensor) -> Tensor:
-    """Probabilities [N, 1, C], of features [N, D]: one trajectory each, as for `main.scores`."""
+    """Probabilities [N, 1, C] that the probe gives features [N, D]."""
     return probe(features).softmax(-1).unsqueeze(1)
 
 
