@@ -41,6 +41,7 @@ IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".jfif", ".gif", ".avif", ".heic", ".heif")
 LARGEST_IMAGE = 2**28  # pixels, enough for today's phones; Pillow warns above this and refuses twice as many
 TEST_SIZE = 0.2  # fraction of each class, for data without a test set
 LARGEST_OVERLAP = 0.01  # fraction of test images that may be training images too: official lists hold some twins
+BOX_EDGES = ("xmin", "ymin", "xmax", "ymax")  # of a box in PASCAL VOC XML
 N_BOXES = 16  # that a batch holds for each image
 N_NAMED = 10  # bad images that a message names
 HIDDEN = (".", "__MACOSX")  # beginnings of names that file systems, notebooks and archives leave
@@ -295,8 +296,7 @@ def read_boxes(path: Path, size: tuple[int, int], orientation: int) -> Tensor:
     try:
         root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
         scale = [float(root.findtext(f"size/{name}", value)) for name, value in zip(("width", "height"), size)]
-        edges = ("xmin", "ymin", "xmax", "ymax")
-        boxes = [[float(box.findtext(edge)) for edge in edges] for box in root.iterfind("object/bndbox")]
+        boxes = [[float(box.findtext(edge)) for edge in BOX_EDGES] for box in root.iterfind("object/bndbox")]
         boxes = torch.tensor(boxes).view(-1, 4) / torch.tensor(scale * 2)
         if not boxes.isfinite().all():
             raise ValueError("its boxes are not numbers, or its size is 0")

@@ -283,11 +283,12 @@ def prediction_rows(args: Namespace, images: ImageList, probabilities: Tensor, l
     """A row per estimate, but the sampled one, and image. probabilities: [N, M, C], at last; location: [N, M, T, 2]."""
     rows, names = [], images.class_names
     for estimate, values in estimates(probabilities, args.policy).items():
+        if estimate == "sampled trajectory":
+            continue
         for file, truth, p, place in zip(images.files, images.labels, values[:, 0], location[:, 0]):
-            if estimate != "sampled trajectory":
-                row = {"file": file.relative_to(args.data_dir), "estimate": estimate, "true_class": names[truth]}
-                seen = place if estimate == "deterministic" else torch.full_like(place, math.nan)
-                rows.append({**row, "true_probability": p[truth].item(), **prediction_row(p, names, seen)})
+            row = {"file": file.relative_to(args.data_dir), "estimate": estimate, "true_class": names[truth]}
+            seen = place if estimate == "deterministic" else torch.full_like(place, math.nan)
+            rows.append({**row, "true_probability": p[truth].item(), **prediction_row(p, names, seen)})
     return rows
 
 
@@ -353,7 +354,8 @@ def test(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
         utils.write_table(table_path, prediction_rows(args, images, probabilities[:, :, -1], location))
         sizes = {name: args.n_trajectories if name.startswith("average") else 1 for name in figures[f"policy {policy}"]}
         more = {"images": n_images, "images_seen_in_training": n_seen, "epoch": checkpoint["epoch"] + 1}
-        more["multiply_adds"] = {name: multiply_adds(args, about, len(names), n) for name, n in sizes.items()}
+        cost = {n: multiply_adds(args, about, len(names), n) for n in set(sizes.values())}
+        more["multiply_adds"] = {name: cost[n] for name, n in sizes.items()}
         more["backbone"] = {name: about[name] for name in ("arch", "patch_size", "file", "sha256")}
         utils.write_results(figures_path, args, machine, figures, **more)
         machine.print(f"figures: {figures_path}, predictions: {table_path}")

@@ -30,14 +30,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import utils
-from dataset import ImageList, crop_to_canvas, read_image, read_list, subfolders
+from dataset import BOX_EDGES, ImageList, crop_to_canvas, read_image, read_list, subfolders
 
 MARK = "small_dogs.txt"  # holds the flags that a folder was made with
 BLUR = 1 / 24  # radius for the background, as a fraction of the scene's side
 PIECE = 1 / 2  # side of a piece of clutter, as a fraction of the pasted photo's
-
-
-EDGES = ("xmin", "ymin", "xmax", "ymax")
 
 
 class Scene(NamedTuple):
@@ -81,7 +78,7 @@ def write_scene(scene: Scene, name: str, *, scale: float, size: int, seed: int) 
     for path in (scene.image, scene.box):
         path.parent.mkdir(parents=True, exist_ok=True)
     image.save(scene.image, "JPEG", quality=95)  # whatever its name ends with: readers look at the content
-    dogs = [f"<object><name>dog</name><bndbox>{tags(zip(EDGES, box))}</bndbox></object>" for box in edges]
+    dogs = [f"<object><name>dog</name><bndbox>{tags(zip(BOX_EDGES, box))}</bndbox></object>" for box in edges]
     shape = f"<size>{tags([('width', size), ('height', size), ('depth', 3)])}</size>"
     scene.box.write_text(f"<annotation>{shape}{''.join(dogs)}</annotation>\n", encoding="utf-8")
     return ""

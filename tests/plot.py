@@ -18,6 +18,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scipy.stats import binomtest
+
 LOGS = {"pt_log.csv": "pre-training", "log.csv": "classifier"}  # as pretrain.py and main.py name them
 MARKERS = "osD^v<>P*Xh"  # of the curves, which color alone does not tell apart for everyone
 PANELS = {  # columns of both logs; the accuracy of pre-training is that of head 123
@@ -186,8 +188,7 @@ def print_classes(path: Path, estimate: str | None) -> None:
 
 def mcnemar(first: int, second: int) -> float:
     """Two-sided p of McNemar's exact test, given how many images only the first or only the second gets right."""
-    n = first + second
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(first, second) + 1)) / 2**n)
+    return binomtest(first, first + second).pvalue if first + second else 1.0
 
 
 def print_comparison(paths: list[Path], estimates: list[str | None]) -> None:
