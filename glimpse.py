@@ -184,18 +184,20 @@ def draw_panel(
     """Draw a trajectory over one image: the canvas with its boxes, and for each glimpse the attention and the patches.
 
     canvas: uint8 [3, S, S]; location: [T, 2]; attention: [T, c c], or None; caption: one or more lines; predictions: T
-    lines, what is predicted after each glimpse; dogs: annotated boxes [n, 4], if any.
+    lines, what is predicted after each glimpse, or T + 1, the first for the context alone; dogs: annotated boxes
+    [n, 4], if any.
     """
     pyramid = build_pyramid(canvas.unsqueeze(0), scales, patch_size)
     context = extract_patches(pyramid, torch.zeros(1, 1, 2), (FULL_SCALE,), patch_size)[0, 0, 0]  # [3, P, P]
     patches = extract_patches(pyramid, location.unsqueeze(0), scales, patch_size)[0]  # [T, k, 3, P, P]
-    n_glimpses, k = patches.shape[:2]
-    predictions = [f"after glimpse {t + 1}: {prediction}" for t, prediction in enumerate(predictions)]
+    (n_glimpses, k), has_glance = patches.shape[:2], len(predictions) > len(location)
+    names = ["the context"] * has_glance + [f"glimpse {t + 1}" for t in range(n_glimpses)]
+    predictions = [f"after {name}: {prediction}" for name, prediction in zip(names, predictions)]
 
     gap, line, tile = 8, 22, patch_size * max(1, round(192 / patch_size))  # an integer factor: pixels become squares
     font, (caption, *predictions) = choose_font(14, caption, *predictions)
     row = line + tile + line + gap
-    side = max(canvas.shape[-1], 2 * tile, n_glimpses * row - gap)
+    side = max(canvas.shape[-1], 2 * tile, len(predictions) * row - gap)
     left, upper = gap + side + gap, line * (caption.count("\n") + 1) + gap  # of the tiles
     ends = [gap + font.getlength(s) for s in caption.split("\n")] + [left + font.getlength(s) for s in predictions]
     width = max(left + (k + 1) * (tile + gap), round(max(ends)) + gap)
@@ -204,16 +206,22 @@ def draw_panel(
     draw.text((gap, gap / 2), caption, "black", font)
     with_dogs = draw_dogs(to_image(canvas, side), dogs)
     panel.paste(draw_boxes(with_dogs, patch_boxes(location, scales, patch_size)), (gap, upper))
+    image, y = to_image((context * 255).round().byte(), tile), upper
+    if has_glance:
+        draw.text((left, y + line + tile + gap / 2), predictions.pop(0), "black", font)
+        draw.text((left, y), "context", "black", font)
+        panel.paste(image, (left, y + line))
+        y += row
     for t, color, prediction in zip(range(n_glimpses), GLIMPSE_COLORS * n_glimpses, predictions):
-        x, y = left, upper + t * row
+        x = left
         draw.text((x, y + line + tile + gap / 2), prediction, color, font)
         draw.text((x, y), "context" if attention is None else f"attention {t + 1}", "black", font)
-        image = to_image((context * 255).round().byte(), tile)
         panel.paste(image if attention is None else draw_attention(image, attention[t]), (x, y + line))
         for i in range(k):
             x += tile + gap
             draw.text((x, y), f"glimpse {t + 1}" + (f", patch {i + 1} of {k}" if k > 1 else ""), color, font)
             panel.paste(to_image((patches[t, i] * 255).round().byte(), tile), (x, y + line))
+        y += row
     return panel
 
 

@@ -58,14 +58,16 @@ def make_parser() -> utils.Parser:
     network("--n_glimpses", type=utils.positive_count, default=1, help="glimpses per image")
     network("--rnn_hidden", type=utils.positive_count, default=2048, help="hidden units of the LSTM")
     network("--std_dev", type=utils.positive, default=0.2, help="standard deviation of the location, before tanh")
-    network("--classify_context", **utils.SWITCH, help="let the LSTM read the context as well as the glimpse")
+    network("--classify_context", **utils.SWITCH, help="classify the context first, then the glimpses as well")
     network("--cells", type=utils.positive_count, default=2, help="cells along a side of the context, up to P/16")
-    network("--policy", default="learned", choices=POLICIES, help="learned, or a baseline (oracle: at annotated dogs)")
+    network("--policy", default="learned", choices=POLICIES,
+            help="learned; or a baseline: center, random, grid, oracle (annotated box)")  # fmt: skip
     use = parser.add_argument_group("test, view_glimpses and predict").add_argument
     use("--images", type=Path, nargs="+", metavar="PATH", help="images to predict, or folders of them")
     use("--imgs_dir", type=Path, default=Path("imgs"), help="folder for drawings")
     use("--n_samples", type=utils.positive_count, default=20, help="images to draw in view_glimpses")
     use("--n_trajectories", type=utils.positive_count, default=7, help="sampled trajectories to average over")
+    use("--stop_at", type=utils.fraction_or_one, default=1.0, help="probability above which predict looks no further")
     return parser
 
 
@@ -103,7 +105,8 @@ def train_one_epoch(
                 "accuracy": rewards(rollout, labels, "each")[:, :, -1].mean(),
                 "reward": rewards(rollout, labels, args.supervision).mean(),
                 "expected_reward": rollout.baseline.mean(),
-                "distance_from_center": rollout.location.norm(dim=-1).mean() / 2,  # in sides of the image
+                # In sides of the image; a glance, before the glimpses, has no location.
+                "distance_from_center": rollout.location[:, :, -args.n_glimpses :].norm(dim=-1).mean() / 2,
             }
             meter.update(len(labels), loss=loss, **terms._asdict(), **watched)
     return meter.means()
@@ -124,12 +127,15 @@ def evaluation_noise(policy: str, n_images: int, n_samples: int, n_glimpses: int
 def evaluate(
     net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, machine: Machine, title: str
 ) -> list[Tensor]:
-    """Probabilities [N, M, T, C], locations [N, M, T, 2] and boxes [N, n, 4] of a list, in order. Raises UserError."""
+    """Probabilities [N, M, T, C], locations [N, M, T, 2] and boxes [N, n, 4] of a list, in order. Raises UserError.
+
+    If the context is classified, there are T + 1 probabilities: those after the glance come first.
+    """
     net = utils.for_evaluation(net)
 
     def predict(canvas: Tensor, boxes: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         rollout = net(canvas, look_at(noise[index], boxes, policy).to(machine.device), policy)
-        return rollout.logits.softmax(-1), rollout.location
+        return rollout.logits.softmax(-1), rollout.location[:, :, -noise.shape[2] :]
 
     return utils.collect(predict, loader, machine, title)
 
@@ -166,15 +172,30 @@ def gaze(location: Tensor, boxes: Tensor) -> dict[str, float]:
     return {name: value.double().mean().item() for name, value in figures.items()}
 
 
-def validate(net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, machine: Machine) -> dict[str, float]:
-    """Scores of one trajectory per image after the last glimpse, and its accuracy, NLL and gaze after each."""
+def validate(
+    net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, machine: Machine
+) -> tuple[dict[str, float], list[float]]:
+    """Scores of one trajectory per image after the last glimpse, and its accuracy, NLL and gaze after each.
+
+    Returns also thresholds for `stopping`, of the predictions before the last one.
+    """
     probabilities, location, boxes = evaluate(net, loader, noise, policy, machine, "validation")
-    labels, each = torch.tensor(loader.dataset.images.labels), {}
-    for t in range(location.shape[2]):
-        after = scores(probabilities[:, :, t], labels)
-        figures = {"accuracy": after["accuracy"], "nll": after["nll"], **gaze(location[:, :, t], boxes)}
-        each |= {f"{name}_{t + 1}": value for name, value in figures.items()}
-    return {**after, **each, "distance_from_center": location.norm(dim=-1).mean().item() / 2}
+    labels, each, T = torch.tensor(loader.dataset.images.labels), {}, location.shape[2]
+    for t in range(1 + T - probabilities.shape[2], T + 1):
+        after = scores(probabilities[:, :, t - T - 1], labels)
+        figures = {"accuracy": after["accuracy"], "nll": after["nll"]}
+        figures |= gaze(location[:, :, t - 1], boxes) if t else {}
+        each |= {f"{name}_{t}": value for name, value in figures.items()}
+    figures = {**after, **each, "distance_from_center": location.norm(dim=-1).mean().item() / 2}
+    return figures, stopping_thresholds(probabilities[:, :, :-1])
+
+
+def stopping_thresholds(probabilities: Tensor) -> list[float]:
+    """0, the deciles of the highest probability in each prediction [..., C], and 1; none if there is no prediction."""
+    if not probabilities.numel():  # a single glimpse without a glance has no prediction to stop at
+        return []
+    deciles = probabilities.amax(-1).double().quantile(torch.linspace(0.1, 0.9, 9, dtype=torch.double))
+    return [0.0, *deciles.tolist(), 1.0]
 
 
 def read_backbone(args: Namespace, valid_list: ImageList) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -239,7 +260,7 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
             group["lr"] = utils.learning_rate(lr, args.lr_schedule, epoch, args.epochs)
         noise = training_noise(args, len(train_list.files), epoch, machine)
         means = train_one_epoch(net, train_loader, noise, args, optimizer, machine, title)
-        valid = validate(net, valid_loader, valid_noise, args.policy, machine)
+        valid, run.stored["thresholds"] = validate(net, valid_loader, valid_noise, args.policy, machine)
         rates = {name: group["lr"] for name, group in zip(("lr", "attention_lr"), optimizer.param_groups)}
         figures = {"train": means, "valid": valid, **rates, "seconds": time.perf_counter() - start}
         best = " (best)" if run.save(epoch, valid["nll"], model, optimizer, **figures) else ""
@@ -280,11 +301,17 @@ def prediction_row(probabilities: Tensor, class_names: list[str], location: Tens
 
 
 def prediction_rows(args: Namespace, images: ImageList, probabilities: Tensor, location: Tensor) -> list[dict]:
-    """A row per estimate, but the sampled one, and image. probabilities: [N, M, C], at last; location: [N, M, T, 2]."""
-    rows, names = [], images.class_names
-    for estimate, values in estimates(probabilities, args.policy).items():
-        if estimate == "sampled trajectory":
-            continue
+    """A row per image and estimate: the deterministic one, the average, then the former after each earlier glimpse.
+
+    probabilities: [N, M, T, C], or T + 1 with a glance; location: [N, M, T, 2].
+    """
+    rows, names, T = [], images.class_names, location.shape[2]
+    after = estimates(probabilities[:, :, -1], args.policy)
+    after.pop("sampled trajectory", None)
+    if "deterministic" in after:
+        steps = range(1 + T - probabilities.shape[2], T)
+        after |= {f"after glimpse {t}": probabilities[:, :1, t - T - 1] for t in steps}
+    for estimate, values in after.items():
         for file, truth, p, place in zip(images.files, images.labels, values[:, 0], location[:, 0]):
             row = {"file": file.relative_to(args.data_dir), "estimate": estimate, "true_class": names[truth]}
             seen = place if estimate == "deterministic" else torch.full_like(place, math.nan)
@@ -295,20 +322,40 @@ def prediction_rows(args: Namespace, images: ImageList, probabilities: Tensor, l
 def measure(policy: str, probabilities: Tensor, location: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Any]:
     """Figures by subject and estimate: scores after the last glimpse, and after each where it looked, and how well.
 
-    probabilities: [N, M, T, C]; location: [N, M, T, 2]; boxes of the dogs: [N, n, 4]; labels: [N].
+    probabilities: [N, M, T, C], or T + 1 with a glance, which is called glimpse 0; location: [N, M, T, 2]; boxes of the
+    dogs: [N, n, 4]; labels: [N].
     """
-    figures: dict[str, Any] = {f"policy {policy}": {}}
-    for t in range(location.shape[2]):
-        places, of_glimpse = estimates(location[:, :, t], policy), {}
-        for name, answers in estimates(probabilities[:, :, t], policy).items():
+    figures, T = {f"policy {policy}": {}}, location.shape[2]
+    for t in range(1 + T - probabilities.shape[2], T + 1):
+        places, of_glimpse = estimates(location[:, :, t - 1], policy), {}
+        for name, answers in estimates(probabilities[:, :, t - T - 1], policy).items():
             after = scores(answers, labels)
             figures[f"policy {policy}"][name] = {**after, "interval": utils.interval(after["accuracy"], len(labels))}
             of_glimpse[name] = {"accuracy": after["accuracy"], "nll": after["nll"]}
-            if not name.startswith("average"):  # which is of n glimpses at n places
+            if t and not name.startswith("average"):  # which is of n glimpses at n places
                 of_glimpse[name]["distance_from_center"] = places[name].norm(dim=-1).mean().item() / 2
                 of_glimpse[name] |= gaze(places[name], boxes)
-        figures[f"glimpse {t + 1}"] = of_glimpse
+        figures[f"glimpse {t}"] = of_glimpse
     return figures
+
+
+def stopping(
+    probabilities: Tensor, labels: Tensor, thresholds: list[float], costs: list[int]
+) -> list[dict[str, float]]:
+    """Accuracy against mean multiply-adds if each image stops at its first prediction surer than a threshold.
+
+    probabilities: [N, T, C], of one trajectory; labels: [N]; costs: multiply-adds up to each of the T predictions.
+    """
+    sure, curve = probabilities.amax(-1), []  # [N, T]
+    correct = (probabilities.argmax(-1) == labels.unsqueeze(1)).double()
+    for threshold in thresholds:
+        stops = sure > threshold
+        stops[:, -1] = True
+        step = stops.int().argmax(1, keepdim=True)  # the first that stops
+        accuracy, cost = correct.gather(1, step).mean().item(), torch.tensor(costs)[step].double().mean().item()
+        interval = utils.interval(accuracy, len(labels))
+        curve.append({"stop_at": threshold, "accuracy": accuracy, "interval": interval, "multiply_adds": cost})
+    return curve
 
 
 def report(figures: dict[str, Any], n_images: int, n_classes: int, machine: Machine) -> None:
@@ -323,14 +370,16 @@ def report(figures: dict[str, Any], n_images: int, n_classes: int, machine: Mach
             machine.print(f"{subject:15}{estimate:20}" + "  ".join(shown))
 
 
-def multiply_adds(args: Namespace, about: dict[str, Any], n_classes: int, n_trajectories: int) -> int:
-    """Multiplications, each with an addition, of all networks on one image. about: the backbone."""
+def multiply_adds(args: Namespace, about: dict[str, Any], n_classes: int, n_trajectories: int) -> list[int]:
+    """Multiplications, each with an addition, of all networks on one image, up to each prediction. about: backbone."""
     with torch.device("meta"):
-        model = build_model(args, about, n_classes).eval()
+        model, costs = build_model(args, about, n_classes).eval(), []
         side = model.glimpse.canvas_size
         canvas = torch.empty(1, 3, side, side, dtype=torch.uint8)
         noise = torch.empty(1, n_trajectories, args.n_glimpses, 2)
-        return utils.multiply_adds(lambda: model(canvas, noise, args.policy))
+        for model.n_glimpses in range(1 - args.classify_context, args.n_glimpses + 1):
+            costs.append(utils.multiply_adds(lambda: model(canvas, noise, args.policy)))
+    return costs
 
 
 def test(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
@@ -346,16 +395,23 @@ def test(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
     loader = dataset.make_loader(images, args, machine, model.glimpse.canvas_size)
     noise = evaluation_noise(policy, n_images, args.n_trajectories, args.n_glimpses, args.seed)
     probabilities, location, boxes = evaluate(utils.wrap(model, machine), loader, noise, policy, machine, "test")
-    figures = measure(policy, probabilities, location, boxes, torch.tensor(images.labels))
+    labels = torch.tensor(images.labels)
+    figures = measure(policy, probabilities, location, boxes, labels)
     report(figures, n_images, len(names), machine)
     if machine.rank == 0:
         name, about = policy + utils.name_of_other_data(args, checkpoint), checkpoint["backbone"]
         table_path, figures_path = args.save_dir / f"predictions_{name}.csv", args.save_dir / f"results_{name}.json"
-        utils.write_table(table_path, prediction_rows(args, images, probabilities[:, :, -1], location))
+        utils.write_table(table_path, prediction_rows(args, images, probabilities, location))
         sizes = {name: args.n_trajectories if name.startswith("average") else 1 for name in figures[f"policy {policy}"]}
         more = {"images": n_images, "images_seen_in_training": n_seen, "epoch": checkpoint["epoch"] + 1}
-        cost = {n: multiply_adds(args, about, len(names), n) for n in set(sizes.values())}
-        more["multiply_adds"] = {name: cost[n] for name, n in sizes.items()}
+        costs = {n: multiply_adds(args, about, len(names), n) for n in {1, *sizes.values()}}
+        more["multiply_adds"] = {name: costs[n][-1] for name, n in sizes.items()}
+        more["stopping"] = stopping(probabilities[:, 0], labels, checkpoint.get("thresholds", []), costs[1])
+        for point in more["stopping"]:
+            right = utils.describe_accuracy(point["accuracy"], n_images)
+            machine.print(
+                f"--stop_at {point['stop_at']:.3f}: {right}  {point['multiply_adds'] / 1e9:.2f}e9 multiply-adds"
+            )
         more["backbone"] = {name: about[name] for name in ("arch", "patch_size", "file", "sha256")}
         utils.write_results(figures_path, args, machine, figures, **more)
         machine.print(f"figures: {figures_path}, predictions: {table_path}")
@@ -368,10 +424,11 @@ class Prediction(NamedTuple):
     """Prediction for one image, among C classes, after T glimpses."""
 
     probabilities: Tensor  # [C], of the best estimate
-    estimate: str  # its name: "average of n" over the sampled trajectories where the policy has any
+    estimate: str  # its name: "average of n" over the sampled trajectories where the policy has any, and does not stop
     location: Tensor  # [T, 2], centres of the drawn trajectory's glimpses: (x, y) in (-1, 1), x to the right, y down
     attention: Tensor | None  # [T, c c], over the cells of the context, row by row; of policy "learned" only
-    drawn: Tensor  # [T, C], after each glimpse of the deterministic trajectory; of policy "random", of a sampled one
+    drawn: Tensor  # [T, C], after each glimpse of the deterministic trajectory (of policy "random", of a sampled one);
+    # [T + 1, C] if the context is classified: after the glance at it, then after each glimpse
     canvas: Tensor  # uint8 [3, S, S], the central square of the image
     boxes: Tensor  # [n, 4], of annotated dogs, as fractions of the canvas side
 
@@ -388,6 +445,8 @@ class Classifier:
         self.model.glimpse.speed_up(machine.dtype, compiles=machine.compiles)
         # The same for every image, so that a prediction does not depend on the other images.
         self.noise = evaluation_noise(args.policy, 1, args.n_trajectories, args.n_glimpses, args.seed)
+        if args.stop_at < 1:  # several trajectories would stop at different glimpses
+            self.noise = self.noise[:, :1]
 
     @torch.no_grad()
     def __call__(self, image: Image.Image | str | Path, annotation: Path | None = None) -> Prediction:
@@ -404,13 +463,14 @@ class Classifier:
             upright, boxes = dataset.read_image(image, size, annotation)
         canvas, boxes = dataset.crop_to_canvas(upright, boxes, size)
         noise = look_at(self.noise, boxes.unsqueeze(0), policy).to(device)
-        values = utils.MixedPrecision(self.model, self.machine)(canvas.unsqueeze(0).to(device), noise, policy)
-        rollout = Rollout(*(value.cpu() for value in values))
+        net = utils.MixedPrecision(self.model, self.machine)
+        rollout = Rollout(*(v.cpu() for v in net(canvas.unsqueeze(0).to(device), noise, policy, self.args.stop_at)))
         drawn = rollout.logits.softmax(-1)  # [1, M, T, C]
         estimate, best = list(estimates(drawn[:, :, -1], policy).items())[-1]
-        attention = rollout.attention[0, 0] if policy == "learned" else None
-        boxes = boxes[boxes.isfinite().all(-1)]
-        return Prediction(best[0, 0], estimate, rollout.location[0, 0], attention, drawn[0, 0], canvas, boxes)
+        glimpses = slice(int(self.args.classify_context), None)  # the glance has no location
+        attention = rollout.attention[0, 0, glimpses] if policy == "learned" else None
+        boxes, location = boxes[boxes.isfinite().all(-1)], rollout.location[0, 0, glimpses]
+        return Prediction(best[0, 0], estimate, location, attention, drawn[0, 0], canvas, boxes)
 
     def caption(self, prediction: Prediction, truth: int | None = None) -> str:
         """What the drawn trajectory predicts, and the truth with its probability, if known."""
@@ -497,7 +557,8 @@ def predict(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> No
             machine.print(f"passed over: {error}")
             continue
         save_image(path, classifier.draw(prediction, file.name))
-        machine.print(f"{file}: {prediction.estimate} (drawn in {path})")
+        n_taken = f" after {len(prediction.location)} of {args.n_glimpses} glimpses" if args.stop_at < 1 else ""
+        machine.print(f"{file}: {prediction.estimate}{n_taken} (drawn in {path})")
         row = prediction_row(prediction.probabilities, classifier.class_names, prediction.location)
         for i in range(1, min(N_BEST, len(classifier.class_names)) + 1):
             machine.print(f"  {row[f'probability_{i}']:6.1%}  {row[f'class_{i}']}")

@@ -180,11 +180,11 @@ class LocationNetwork(nn.Module):
         self.score = nn.Linear(n_attention, 1, bias=False)
 
     def forward(self, context: Tensor, hidden: Tensor, step: int) -> Tensor:
-        """Context [B, D, c, c] and hidden state [B, M, H] before glimpse `step` (from 0) -> attention [B, M, c c].
+        """Context [B, D, c, c] and hidden state [B, M, H] before glimpse `step` (from 1) -> attention [B, M, c c].
 
-        Before the first glimpse the hidden state is zero, so a 1x1 convolution scores the context alone.
+        Before the first glimpse no hidden state has seen a place, so a 1x1 convolution scores the context alone.
         """
-        if step == 0:
+        if step <= 1:
             score = self.first(context).flatten(1).unsqueeze(1).expand(-1, hidden.shape[1], -1)  # [B, M, c c]
         else:
             cells = self.from_context(context.flatten(2).transpose(1, 2))  # [B, c c, A]
@@ -209,7 +209,7 @@ class BaselineNetwork(nn.Module):
 
 
 class Rollout(NamedTuple):
-    """M trajectories over each of B images."""
+    """M trajectories over each of B images. If the context is classified, this glance is the first of the T steps."""
 
     logits: Tensor  # [B, M, T, C], of the breed, after each glimpse
     location: Tensor  # [B, M, T, 2], centres of the glimpses
@@ -242,8 +242,9 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, std_dev: float) -> Tensor:
 class RecurrentAttention(nn.Module):
     """Attends to a low-resolution context, takes T high-resolution glimpses and classifies the breed.
 
-    After Sermanet et al. (arXiv 1412.7054), with the location from soft attention. classify_context: the LSTM reads the
-    context too, which otherwise only guides the gaze. Raises ValueError for keywords that do not go together.
+    After Sermanet et al. (arXiv 1412.7054), with the location from soft attention. classify_context: the LSTM first
+    reads the context, which otherwise only guides the gaze, and predicts the breed from this glance alone, so that it
+    can stop there (after Wang et al., arXiv 2010.05300). Raises ValueError for keywords that do not go together.
     """
 
     def __init__(
@@ -271,17 +272,20 @@ class RecurrentAttention(nn.Module):
         self.glimpse = GlimpseNetwork(backbone=backbone, patch_size=patch_size, scales=scales, cells=cells)
         self.locate = LocationNetwork(n_features=n_features, rnn_hidden=rnn_hidden)
         self.baseline = BaselineNetwork(n_features=n_features, rnn_hidden=rnn_hidden)
-        self.rnn = nn.LSTMCell((k + classify_context) * n_features, rnn_hidden)
+        self.rnn = nn.LSTMCell(k * n_features, rnn_hidden)
+        if classify_context:
+            self.glance = nn.LSTMCell(n_features, rnn_hidden)  # weights of its own to read the context
         self.classify = nn.Linear(rnn_hidden, n_classes)
 
-    def forward(self, canvas: Tensor, noise: Tensor, policy: str) -> Rollout:
-        """Roll out M trajectories over each image.
+    def forward(self, canvas: Tensor, noise: Tensor, policy: str, stop_at: float = 1.0) -> Rollout:
+        """Roll out M trajectories over each image: T glimpses, after a glance at the context if it is classified.
 
         canvas: uint8 [B, 3, S, S]. noise: standard normal [B, M, T, 2], supplied by the caller; zeros give the
         deterministic trajectory. policy: "learned", "center" (always the image centre), "random" (uniform over the
         image, computed from the noise), "grid" (the centres of the quadrants in turn) or "oracle" (at the dog: the
         noise is the location). All trajectories of an image share its pyramid and its context features, which are zeros
-        for the policies that do without, unless the context is classified.
+        for the policies that do without, unless the context is classified. stop_at: end as soon as the highest
+        probability of every trajectory in the batch is above this.
         """
         B, M = noise.shape[:2]
         pyramid = build_pyramid(canvas, self.glimpse.scales, self.glimpse.patch_size)
@@ -292,17 +296,21 @@ class RecurrentAttention(nn.Module):
         pooled = V.mean((2, 3)).unsqueeze(1).expand(-1, M, -1)  # [B, M, D]
         h_t = c_t = V.new_zeros(B * M, self.rnn.hidden_size)
         steps = []
-        for t in range(self.n_glimpses):
+        for t in range(1 - self.classify_context, self.n_glimpses + 1):
             state = h_t.detach().view(B, M, -1)
             b_t = self.baseline(pooled, state)  # [B, M]
             a_t = self.locate(V, state, t)  # [B, M, c c]
-            l_t, log_pi = self.sample_location(a_t, noise[:, :, t], policy, t)  # [B, M, 2], [B, M]
-            g_t = self.glimpse(pyramid, l_t)  # [B, M, k D]
-            if self.classify_context:
-                g_t = torch.cat([g_t, pooled], dim=-1)  # [B, M, (k + 1) D]
-            h_t, c_t = self.rnn(g_t.flatten(0, 1), (h_t, c_t))  # [B M, H]
+            if t == 0:  # the glance has nowhere to look but at the whole image
+                l_t, log_pi = self.sample_location(a_t, noise[:, :, 0], "center", t)
+                h_t, c_t = self.glance(pooled.flatten(0, 1), (h_t, c_t))  # [B M, H]
+            else:
+                l_t, log_pi = self.sample_location(a_t, noise[:, :, t - 1], policy, t)  # [B, M, 2], [B, M]
+                g_t = self.glimpse(pyramid, l_t)  # [B, M, k D]
+                h_t, c_t = self.rnn(g_t.flatten(0, 1), (h_t, c_t))  # [B M, H]
             z_t = self.classify(h_t).float().view(B, M, -1)  # [B, M, C]
             steps.append((z_t, l_t, a_t.detach(), log_pi, b_t))
+            if stop_at < 1 and z_t.softmax(-1).amax(-1).min() > stop_at:
+                break
         return Rollout(*(torch.stack(values, dim=2) for values in zip(*steps)))
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -324,7 +332,7 @@ class RecurrentAttention(nn.Module):
         if policy == "random":
             location = torch.erf(noise / math.sqrt(2))  # in (-1, 1): erf(x / sqrt(2)) is 2 * normal CDF(x) - 1
         elif policy == "grid":
-            location = noise.new_tensor(GRID[step % len(GRID)]).expand_as(noise)
+            location = noise.new_tensor(GRID[(step - 1) % len(GRID)]).expand_as(noise)
         else:
             location = noise if policy == "oracle" else torch.zeros_like(noise)
         return location, noise.new_zeros(noise.shape[:2])

@@ -181,6 +181,12 @@ def test_panel_shows_every_part() -> None:
     for t in range(2):  # without attention: the context as it is, with no weights written on it
         plain = np.array(panel.crop((left, top + t * row, left + tile, top + t * row + tile)))
         assert (plain == seen.permute(1, 2, 0).numpy().repeat(6, 0).repeat(6, 1)).all()
+    glanced = glimpse.draw_panel(canvas, location, attention, (2, 4), 32, "a caption", ["all", "one", "two"], NO_DOGS)
+    lower = np.array(glanced)[top:, 8 + 3 * row - 8 + 8 :]  # three rows are higher than two tiles
+    assert (lower[:tile, :tile] == plain).all()  # first the context as it is, then the glimpses
+    assert (
+        lower[row : 2 * row + tile, : 2 * tile + 8] == pixels[top : top + row + tile, left : left + 2 * tile + 8]
+    ).all()
     labels = [np.array(image)[30:52, left : left + tile] for image in (panel, Image.fromarray(pixels))]
     assert all((label < 128).any() for label in labels) and (labels[0] != labels[1]).any()
 

@@ -215,7 +215,7 @@ def test_attention_matches_the_formula(make_model) -> None:
     locate = net.locate
     V, h = torch.randn(2, 512, 2, 2), torch.randn(2, 3, 5)
     with torch.no_grad():
-        first, later = locate(V, h, 0), locate(V, h, 1)
+        first, later = locate(V, h, 1), locate(V, h, 2)
     for b in range(2):
         quadrants = [V[b, :, 0, 0], V[b, :, 0, 1], V[b, :, 1, 0], V[b, :, 1, 1]]
         for m in range(3):

@@ -1,5 +1,6 @@
 """pretrain.py and main.py as a user runs them, on a few small images."""
 
+import functools
 import hashlib
 import json
 import math
@@ -93,9 +94,10 @@ def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, c
     ]
     subjects = ("policy learned", "glimpse 1", "glimpse 2")
     kinds = ("deterministic", "sampled trajectory", "average of 3")
-    assert [(line[:15].rstrip(), line[15:35].rstrip()) for line in lines[1:-2]] == [
+    assert [(line[:15].rstrip(), line[15:35].rstrip()) for line in lines[1:-13]] == [
         (subject, estimate) for subject in subjects for estimate in kinds
     ]
+    assert all(line.startswith("--stop_at ") for line in lines[-13:-2])
 
     main.main([*shared, "--task", "view_glimpses", "--n_samples", "4"])
     images = dataset.read_list(shared[1], "test")
@@ -326,6 +328,61 @@ def test_view_glimpses_draws_the_deterministic_trajectory(
         assert predicted == wanted[-1] and true == f"toy breed {truth + 1} ({probabilities[-1, truth]:.2f})"
 
 
+def test_glance_first_and_stop_when_sure(main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    """The glance is scored as glimpse 0, and what predict does on its own is the full rollout, cut when it is sure."""
+    main.main([*main_args, *MODEL, "--classify_context", "--epochs", "2"])
+    best = read(save_dir / "saved_model.tar")
+    [row] = [row for row in read_log(save_dir / "log.csv") if int(row["epoch"]) == best["epoch"] + 1]
+    assert 0 <= float(row["valid_accuracy_0"]) <= 1 and float(row["valid_accuracy_2"]) == float(row["valid_accuracy"])
+    assert best["thresholds"] == sorted(best["thresholds"]) and best["thresholds"][:: len(best["thresholds"]) - 1] == [
+        0,
+        1,
+    ]
+    main.main([*main_args, "--task=test", "--n_trajectories=1", "--precision=fp32"])
+    results = json.loads((save_dir / "results_learned.json").read_text())
+    curve, glances = results["stopping"], results["figures"]["glimpse 0"]
+    assert glances.keys() == {"deterministic", "sampled trajectory", "average of 1"}
+    assert curve[0]["accuracy"] == pytest.approx(glances["deterministic"]["accuracy"])
+    full = results["figures"]["policy learned"]["deterministic"]["accuracy"]
+    assert curve[-1]["accuracy"] == pytest.approx(full)
+    assert curve[-1]["multiply_adds"] == pytest.approx(results["multiply_adds"]["deterministic"])
+    assert [point["multiply_adds"] for point in curve] == sorted(point["multiply_adds"] for point in curve)
+
+    images, flags = dataset.read_list(main_args[1], "test").files, {"device": "cpu", "precision": "fp32"}
+    patient, costs, taken = main.load_classifier(save_dir, **flags, n_trajectories=1), [], set()
+    stop_at = curve[5]["stop_at"]
+    hasty = main.load_classifier(save_dir, **flags, stop_at=stop_at)
+    for file in images:
+        whole, cut = patient(file), hasty(file)
+        costs.append(utils.multiply_adds(functools.partial(hasty, file)))
+        n = len(cut.location)
+        assert len(cut.drawn) == n + 1 and torch.allclose(cut.drawn, whole.drawn[: n + 1], atol=1e-6)
+        assert torch.allclose(cut.location, whole.location[:n], atol=1e-6) and len(cut.attention) == n
+        assert torch.equal(cut.probabilities, cut.drawn[-1]) and cut.estimate == "deterministic"
+        assert (cut.drawn[:-1].amax(-1) <= stop_at).all() and (n == 2 or cut.drawn[-1].max() > stop_at)
+        assert hasty.draw(cut, file.name).size[1] > 0
+        taken.add(n)
+    assert len(taken) > 1  # some images need more than others
+    assert statistics.fmean(costs) == pytest.approx(curve[5]["multiply_adds"])
+    rows = [row for row in read_log(save_dir / "predictions_learned.csv") if row["estimate"] == "after glimpse 0"]
+    assert [float(row["probability_1"]) for row in rows] == pytest.approx(
+        [patient(file).drawn[0].max().item() for file in images], abs=1e-4
+    )
+    capsys.readouterr()
+    main.main([*main_args, "--task=predict", "--stop_at=1e-9", "--images", str(images[0])])
+    assert "deterministic after 0 of 2 glimpses (drawn in " in capsys.readouterr().out
+
+
+def test_stopping_by_hand() -> None:
+    probabilities = torch.tensor([[[0.9, 0.1], [0.2, 0.8]], [[0.6, 0.4], [0.3, 0.7]], [[0.55, 0.45], [0.9, 0.1]]])
+    curve = main.stopping(probabilities, torch.tensor([0, 1, 0]), [0.0, 0.58, 0.7, 1.0], [10, 40])
+    assert [point["accuracy"] for point in curve] == pytest.approx([2 / 3, 2 / 3, 1, 2 / 3])
+    assert [point["multiply_adds"] for point in curve] == pytest.approx([10, 20, 30, 40])
+    thresholds = main.stopping_thresholds(probabilities[:, :1])
+    assert thresholds[0] == 0 and thresholds[-1] == 1 and thresholds[5] == pytest.approx(0.6)
+    assert main.stopping_thresholds(probabilities[:, :0]) == []
+
+
 def test_each_policy_has_tables_of_its_own(main_args: list[str], save_dir: Path, capsys: pytest.CaptureFixture) -> None:
     """Their rows give the figures that are printed, and the locations are those of the predictions beside them."""
     main.main([*main_args, *MODEL, "--epochs", "1"])
@@ -337,8 +394,8 @@ def test_each_policy_has_tables_of_its_own(main_args: list[str], save_dir: Path,
     tables = {}
     classes_of = images.class_names
     for policy, wanted in (
-        ("learned", ("deterministic", "average of 3")),
-        ("center", ("deterministic",)),
+        ("learned", ("deterministic", "average of 3", "after glimpse 1")),
+        ("center", ("deterministic", "after glimpse 1")),
         ("random", ("average of 3",)),
     ):
         capsys.readouterr()
@@ -361,6 +418,10 @@ def test_each_policy_has_tables_of_its_own(main_args: list[str], save_dir: Path,
                 assert sum(named.values()) == pytest.approx(1, abs=2e-4)
                 assert list(named.values()) == sorted(named.values(), reverse=True)
             correct = [row["true_class"] == row["class_1"] for row in mine]
+            if estimate == "after glimpse 1":
+                after = results["figures"]["glimpse 1"]["deterministic"]
+                assert after["accuracy"] == pytest.approx(sum(correct) / 9)
+                continue
             figures = find_result(report, f"policy {policy}", estimate)
             assert figures["accuracy"] == pytest.approx(sum(correct) / 9, abs=1e-4)
             figures_written = results["figures"][f"policy {policy}"][estimate]
