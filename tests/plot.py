@@ -2,8 +2,10 @@
 
     python tests/plot.py curves data/saved_models            # loss, NLL and accuracy by epoch, from the logs
     python tests/plot.py rivals runs                         # every test and probe below a folder, and their table
+    python tests/plot.py law runs/1 runs/0.5 runs/0.25       # the same by the scale of data/small_dogs.py
     python tests/plot.py classes predictions_learned.csv     # accuracy of each class, and what is confused
     python tests/plot.py compare predictions_learned.csv predictions_center.csv   # paired, on the same images
+    python tests/plot.py cascade small.csv large.csv --stop_at 0.8 --out both.csv   # the large one only where unsure
 
 The drawings need matplotlib: pip install matplotlib. For curves that grow while a run trains, see --tensorboard.
 """
@@ -21,7 +23,8 @@ from typing import Any, NamedTuple
 from scipy.stats import binomtest
 
 LOGS = {"pt_log.csv": "pre-training", "log.csv": "classifier"}  # as pretrain.py and main.py name them
-MARKERS = "osD^v<>P*Xh"  # of the curves, which color alone does not tell apart for everyone
+HUES = {"learned gaze": "#d62728", "fixed gaze": "#1f77b4", "whole image": "#555555"}
+MARKERS = dict(zip(HUES, "os^"))  # color alone does not tell them apart for everyone
 PANELS = {  # columns of both logs; the accuracy of pre-training is that of head 123
     "training loss": ("train_loss",),
     "validation NLL": ("valid_nll",),
@@ -34,6 +37,7 @@ Predictions = dict[str, tuple[str, str]]  # (true class, predicted class) of eac
 class Rival(NamedTuple):
     """One way to classify the test images."""
 
+    family: str  # of HUES
     curve: str
     label: str  # of its point
     detail: str
@@ -72,32 +76,34 @@ def read_rivals(folders: list[Path]) -> list[Rival]:
         content = json.loads(path.read_text(encoding="utf-8"))
         settings = content["settings"]
         if path.name.startswith("probe_"):
-            curve = f"linear probe, weights {Path(settings['weights']).stem}"
-            label = f"{settings['patch_size']} px"
+            family, weights = "whole image", Path(settings["weights"]).stem
+            curve = f"linear probe, weights {weights}"
+            label = f"{settings['patch_size']} px" + ("" if weights.startswith("pt_") else ", ImageNet weights")
             detail = f"central square, {settings['arch']} at {settings['patch_size']} pixels"
         elif path.name.startswith("pt_"):
+            family, label = "fixed gaze", ""
             curve = "heads of pre-training" + path.stem.removeprefix("pt_results").replace("_", ", ", 1)
             detail = f"{settings['arch']} at {settings['patch_size']} pixels"
         else:
-            curve = settings["policy"] + (", with context" if str(settings["classify_context"]) == "True" else "")
+            policy, k, start, n = (settings[name] for name in ("policy", "k", "start_size", "n_glimpses"))
+            is_whole = (policy, k, start) == ("center", "1", "4")
+            family = "whole image" if is_whole else "learned gaze" if policy == "learned" else "fixed gaze"
+            curve = policy + (", with context" if settings["classify_context"] == "True" else "")
+            cells = settings.get("cells", "2")  # the quadrants need no word
+            curve += f", {cells} x {cells} cells" if policy == "learned" and cells != "2" else ""
             # The folder of images, if the network was not trained on it.
-            curve += path.stem.removeprefix(f"results_{settings['policy']}").replace("_", ", ", 1)
-            several = int(settings["n_glimpses"]) > 1
-            label = f"({settings['k']}, {settings['start_size']})"
-            label += f" x {settings['n_glimpses']}" if several else ""
-            detail = f"k {settings['k']}, start_size {settings['start_size']}"
-            detail += f", {settings['n_glimpses']} glimpses" if several else ""
+            curve += path.stem.removeprefix(f"results_{policy}").replace("_", ", ", 1)
+            label = f"{content['backbone']['patch_size']} px" if is_whole else f"{curve} ({k}, {start})"
+            label += f" x {n}" if n != "1" else ""
+            detail = f"k {k}, start_size {start}" + (f", {n} glimpses" if n != "1" else "")
             detail += ", {arch} at {patch_size} pixels".format(**content["backbone"])
         for subject, of_subject in content["figures"].items():
             kind = subject.split()[0]
             for estimate, figures in of_subject.items() if kind in ("probe", "heads", "policy") else ():
                 name = f"{curve}, {estimate}" if kind == "policy" and estimate != "deterministic" else curve
-                if kind == "heads":
-                    label, what = estimate, f"head {estimate}, {detail}"
-                else:
-                    what = detail
+                what = f"head {estimate}, {detail}" if kind == "heads" else detail
                 cost, accuracy = content["multiply_adds"][estimate], figures["accuracy"]
-                rivals.append(Rival(name, label, what, cost, accuracy, figures["interval"], content["images"]))
+                rivals.append(Rival(family, name, label, what, cost, accuracy, figures["interval"], content["images"]))
     if not rivals:
         sys.exit(f"error: no results_*.json or probe_*.json below {', '.join(map(str, folders))}: test or probe first")
     return sorted(rivals, key=lambda rival: (rival.curve, rival.multiply_adds, rival.detail))
@@ -118,48 +124,118 @@ def side_by_side(rivals: list[Rival]) -> list[float]:
     return places
 
 
-def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
-    """A figure of accuracy against multiply-adds per image: a curve for each way to look, through its best points.
+def is_drawn(rival: Rival) -> bool:
+    """Whether a rival is one look at an image as a user would take it: no head, average or sampled trajectory."""
+    return (
+        not rival.curve.startswith("heads") and not rival.curve.endswith("trajectory") and "average" not in rival.curve
+    )
 
-    Prints its table, which has the single sampled trajectories too: in the figure they would be in the way.
+
+def read_stopping(folders: list[Path]) -> list[tuple[str, str, list[tuple[float, float]]]]:
+    """Family, label and points (billions of multiply-adds, accuracy in %) of all that stops when it is sure.
+
+    They are the classifiers with a glance, and cascades of linear probes: a small whole image, a larger one if unsure.
     """
+    curves, probes = [], defaultdict(list)
+    for path in sorted({path for folder in folders for path in folder.rglob("*.json")}):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.name.startswith("results_") and content.get("stopping"):
+            points = [(point["multiply_adds"] / 1e9, 100 * point["accuracy"]) for point in content["stopping"]]
+            curves.append(("learned gaze" if "learned" in path.name else "fixed gaze", "stops when sure", points))
+        elif path.name.startswith("probe_") and content.get("thresholds"):
+            size, weights = int(content["settings"]["patch_size"]), content["settings"]["weights"]
+            probes[path.parent, weights].append((size, content["multiply_adds"]["linear probe"] / 1e9, content, path))
+    for of_weights in probes.values():
+        (small, cost, content, path), *larger = sorted(of_weights, key=lambda probe: probe[0])
+        first = read_rows(path.parent / f"predictions_{path.stem}.csv", None)[0]
+        for size, more, _, other in larger:
+            points, second = [], read_rows(other.parent / f"predictions_{other.stem}.csv", None)[0]
+            for threshold in content["thresholds"]:
+                rows, n_unsure = stop(first, second, threshold)
+                right = sum(row["class_1"] == row["true_class"] for row in rows.values()) / len(rows)
+                points.append((cost + more * n_unsure / len(rows), 100 * right))
+            curves.append(("whole image", f"{small}, then {size} px if unsure", points))
+    return curves
+
+
+def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
+    """A figure of accuracy against multiply-adds per image. Prints a table, which has what is not drawn too."""
     rivals = read_rivals(folders)
     print("| | | billions of multiply-adds per image | accuracy in % | 95 % interval |\n|---|---|---|---|---|")
     for rival in rivals:
         low, high = (100 * edge for edge in rival.interval)
         cells = f"{rival.multiply_adds / 1e9:.1f} | {100 * rival.accuracy:.1f} | {low:.1f} to {high:.1f}"
         print(f"| {rival.curve} | {rival.detail} | {cells} |")
-    figure, panel = pyplot.subplots(figsize=(7, 5), layout="constrained")
-    rivals, curves = [rival for rival in rivals if not rival.curve.endswith("sampled trajectory")], {}
+    figure, panel = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    rivals = list(filter(is_drawn, rivals))
     for rival, cost in zip(rivals, side_by_side(rivals)):
-        curves.setdefault(rival.curve, []).append((cost, 100 * rival.accuracy, rival))
-    for i, (name, points) in enumerate(curves.items()):
-        cost, accuracy, rivals = zip(*points)
-        around = [
-            [100 * abs(r.accuracy - edge) for r, edge in zip(rivals, edges)]
-            for edges in zip(*(r.interval for r in rivals))
-        ]
-        color = pyplot.get_cmap("tab10")(i % 10)
-        ranked = sorted((y, x, r) for x, y, r in points)
-        best = {round(r.multiply_adds / 1e9, 1): (x, y) for y, x, r in ranked}  # of points that cost about the same
-        panel.errorbar(cost, accuracy, list(around), fmt="none", elinewidth=0.7, capsize=2, color=color)
-        panel.plot(*zip(*sorted(best.values())), linewidth=1, color=color)
-        panel.plot(cost, accuracy, MARKERS[i % len(MARKERS)], color=color, label=name)
-        for rival, *place in zip(rivals, cost, accuracy):
-            style = {"textcoords": "offset points", "fontsize": "xx-small", "ha": "right" if i % 2 else "left"}
-            panel.annotate(rival.label, place, (-4 if i % 2 else 4, 3), **style)
-    cost_label = "billions of multiply-adds per image (points of equal cost side by side)"
-    panel.set(xscale="log", xlabel=cost_label, ylabel="test accuracy in % (bars: 95 % intervals)")
-    panel.xaxis.set_major_formatter("{x:g}")
-    panel.xaxis.set_minor_formatter("{x:g}")
-    panel.tick_params(which="both", labelsize="small", length=4, pad=4)
-    panel.grid(alpha=0.3, which="both")
-    panel.legend(fontsize="small")
+        low, high = (100 * edge for edge in rival.interval)
+        color, height = HUES[rival.family], 100 * rival.accuracy
+        panel.errorbar(cost, height, [[height - low], [high - height]], elinewidth=0.6, color=color, alpha=0.4)
+        panel.plot(cost, height, MARKERS[rival.family], color=color)
+        side = {"fixed gaze": ("right", (-6, -3))}.get(rival.family, ("left", (6, -3)))
+        style = {"textcoords": "offset points", "fontsize": "x-small", "ha": side[0], "color": color}
+        panel.annotate(rival.label, (cost, height), side[1], **style)
+    for family, label, points in read_stopping(folders):
+        panel.plot(*zip(*points), ".--", linewidth=1, color=HUES[family])
+        place = points[len(points) // 2]
+        panel.annotate(label, place, (0, 6), textcoords="offset points", fontsize="x-small", color=HUES[family])
+    for family in dict.fromkeys(rival.family for rival in rivals):
+        panel.plot([], [], MARKERS[family], color=HUES[family], label=family)
+    title = "What one image costs, and how often the answer is right"
+    panel.set(xscale="log", title=title, xlabel="billions of multiply-adds per image", ylabel="test accuracy in %")
+    ticks = sorted({round(rival.multiply_adds / 1e9) for rival in rivals})
+    panel.set_xticks(ticks, map(str, ticks), minor=False)
+    panel.set_xticks([], minor=True)
+    panel.margins(x=0.15)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize="small", loc="lower right")
     return figure
 
 
-def read_predictions(path: Path, estimate: str | None) -> tuple[Predictions, str]:
-    """The predictions of an estimate in a CSV of `--task=test` or tests/probe.py, by default the first; its name."""
+def draw_law(folders: list[Path], pyplot: Any) -> Any:
+    """A figure of accuracy against the scale of small dogs: a line for each way to look. Prints its table.
+
+    Each folder is named after the scale of its runs, such as 0.25.
+    """
+    lines, costs = defaultdict(list), {}
+    for folder in folders:
+        try:
+            scale = float(folder.name)
+        except ValueError:
+            sys.exit(f"error: {folder} is not named after a scale of data/small_dogs.py, such as 0.25")
+        for rival in filter(is_drawn, read_rivals([folder])):
+            name = f"whole image, {rival.label}" if rival.family == "whole image" else rival.curve
+            lines[rival.family, name].append((scale, rival))
+            costs[name] = rival.multiply_adds / 1e9
+    print("| method | billions of multiply-adds | scale | accuracy in % | 95 % interval |\n|---|---|---|---|---|")
+    figure, panel = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    for (family, name), points in sorted(lines.items(), key=lambda item: costs[item[0][1]]):
+        points.sort(key=lambda point: point[0])
+        for scale, rival in points:
+            low, high = (100 * edge for edge in rival.interval)
+            print(f"| {name} | {costs[name]:.1f} | {scale:g} | {100 * rival.accuracy:.1f} | {low:.1f} to {high:.1f} |")
+        scales, heights = zip(*((scale, 100 * rival.accuracy) for scale, rival in points))
+        edges = zip(*([100 * abs(rival.accuracy - edge) for edge in rival.interval] for _, rival in points))
+        style = {"marker": MARKERS[family], "linewidth": 1.2, "elinewidth": 0.6, "color": HUES[family]}
+        panel.errorbar(scales, heights, list(edges), linestyle=":" if name == "oracle" else "-", **style)
+        label = f"{name}: {costs[name]:.1f} "
+        style = {"textcoords": "offset points", "fontsize": "small", "ha": "right", "color": HUES[family]}
+        panel.annotate(label, (scales[0], heights[0]), (-6, -3), **style)
+    scales = sorted({scale for points in lines.values() for scale, _ in points})
+    panel.set(xscale="log", title="The smaller the dog, the more it pays to choose where to look",
+              xlabel="side of the photo of the dog, in sides of the image", ylabel="test accuracy in %")  # fmt: skip
+    panel.set_xticks(scales, [f"{scale:.2g}" for scale in scales])
+    panel.set_xticks([], minor=True)
+    panel.set_xlim(scales[0] * (scales[0] / scales[-1]) ** 0.35, scales[-1] * 1.05)
+    panel.text(0.99, 0.02, "numbers: billions of multiply-adds per image", transform=panel.transAxes, ha="right",
+               fontsize="small")  # fmt: skip
+    panel.grid(alpha=0.3)
+    return figure
+
+
+def read_rows(path: Path, estimate: str | None) -> tuple[dict[str, dict[str, str]], str]:
+    """The rows, by file, of an estimate in a CSV of `--task=test` or tests/probe.py, by default the first; its name."""
     if not path.is_file():
         sys.exit(f"error: {path} not found: give a predictions_*.csv, as a test writes it")
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -169,8 +245,37 @@ def read_predictions(path: Path, estimate: str | None) -> tuple[Predictions, str
     estimate = estimate or rows[0]["estimate"]
     if estimate not in (known := dict.fromkeys(row["estimate"] for row in rows)):
         sys.exit(f"error: {path} has no estimate {estimate}, only: {', '.join(known)}")
-    chosen = [row for row in rows if row["estimate"] == estimate]
-    return {row["file"]: (row["true_class"], row["class_1"]) for row in chosen}, estimate
+    return {row["file"]: row for row in rows if row["estimate"] == estimate}, estimate
+
+
+def read_predictions(path: Path, estimate: str | None) -> tuple[Predictions, str]:
+    """True and predicted class of each image, by file, in the rows of `read_rows`; the name of the estimate."""
+    rows, estimate = read_rows(path, estimate)
+    return {file: (row["true_class"], row["class_1"]) for file, row in rows.items()}, estimate
+
+
+def stop(first: dict[str, dict], second: dict[str, dict], threshold: float) -> tuple[dict[str, dict], int]:
+    """The row of the first table where it is surer than a threshold, else that of the second, and how often the latter.
+
+    Both are tables of `read_rows`.
+    """
+    if first.keys() != second.keys():
+        sys.exit("error: a cascade needs two tables of the same images")
+    unsure = [file for file, row in first.items() if not float(row["probability_1"]) > threshold]
+    return {**first, **{file: second[file] for file in unsure}}, len(unsure)
+
+
+def write_cascade(paths: list[Path], estimates: list[str | None], threshold: float, out: Path) -> None:
+    """Write the predictions of a cascade: the first table where it is surer than a threshold, else the second."""
+    (first, _), (second, _) = (read_rows(path, estimate) for path, estimate in zip(paths, estimates))
+    rows, n_unsure = stop(first, second, threshold)
+    columns = ("file", "true_class", "class_1", "probability_1")
+    with open(out, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.DictWriter(file, ["estimate", *columns], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({**row, "estimate": f"cascade at {threshold:g}"} for row in rows.values())
+    right = sum(row["class_1"] == row["true_class"] for row in rows.values()) / len(rows)
+    print(f"{right:.1%} of {len(rows):,} images right, {n_unsure / len(rows):.1%} of them by the second table: {out}")
 
 
 def print_classes(path: Path, estimate: str | None) -> None:
@@ -222,7 +327,7 @@ def draw(command: str, folders: list[Path], out: Path) -> None:
         from matplotlib import pyplot
     except ImportError:
         sys.exit("error: tests/plot.py needs a package that is missing: pip install matplotlib")
-    {"curves": draw_curves, "rivals": draw_rivals}[command](folders, pyplot).savefig(out, dpi=150)
+    {"curves": draw_curves, "rivals": draw_rivals, "law": draw_law}[command](folders, pyplot).savefig(out, dpi=150)
     print(f"{command} drawn in {out}")
 
 
@@ -230,21 +335,33 @@ def main(argv: list[str] | None = None) -> None:
     """Read the command line, draw or print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (("curves", "loss and accuracy by epoch"), ("rivals", "accuracy against multiply-adds")):
+    for name, what in (
+        ("curves", "loss and accuracy by epoch"),
+        ("rivals", "accuracy against multiply-adds"),
+        ("law", "accuracy against the scale of small dogs"),
+    ):
         command = commands.add_parser(name, help=f"draw {what}")
         command.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="--save_dir of a run")
         command.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="image to write (%(default)s)")
     command = commands.add_parser("classes", help="print the accuracy of each class and the commonest confusions")
     command.add_argument("table", type=Path, metavar="PREDICTIONS.csv")
     command.add_argument("--estimate", help='such as "average of 7" (the first in the table)')
-    command = commands.add_parser("compare", help="print the difference in accuracy on the same images")
-    command.add_argument("tables", nargs=2, type=Path, metavar="PREDICTIONS.csv")
-    command.add_argument("--estimates", nargs=2, default=[None, None], help="of each (the first in the table)")
+    for name, what in (
+        ("compare", "print the difference in accuracy on the same images"),
+        ("cascade", "write the predictions of one table where they are sure, else those of another"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("tables", nargs=2, type=Path, metavar="PREDICTIONS.csv")
+        command.add_argument("--estimates", nargs=2, default=[None, None], help="of each (the first in the table)")
+    command.add_argument("--stop_at", type=float, required=True, help="probability above which the first table is sure")
+    command.add_argument("--out", type=Path, default=Path("cascade.csv"), help="table to write (%(default)s)")
     args = parser.parse_args(argv)
     if args.command == "classes":
         print_classes(args.table, args.estimate)
     elif args.command == "compare":
         print_comparison(args.tables, args.estimates)
+    elif args.command == "cascade":
+        write_cascade(args.tables, args.estimates, args.stop_at, args.out)
     else:
         draw(args.command, args.folders, args.out)
 

@@ -23,7 +23,7 @@ import pretrain
 import utils
 from dataset import ImageList
 from glimpse import normalize
-from main import prediction_row, scores
+from main import prediction_row, scores, stopping_thresholds
 from model import ARCHITECTURES, build_backbone
 from utils import Machine
 
@@ -109,6 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     on_valid = {decay: scores(probabilities_of(probe, valid_x), valid_y) for decay, probe in probes.items()}
     best = max(on_valid, key=lambda decay: on_valid[decay]["accuracy"])
     probabilities = probabilities_of(probes[best], test_x)
+    thresholds = stopping_thresholds(probabilities_of(probes[best], valid_x))  # for a cascade of two probes
     figures, n_images = scores(probabilities, test_y), len(test_y)
     figures["interval"] = utils.interval(figures["accuracy"], n_images)
     machine.print(f"{NAME} of the central square at {side} pixels, features of {args.weights} weights")
@@ -122,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         net = nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten(), probes[best]).to("meta")
         cost = {NAME: utils.multiply_adds(lambda: net(torch.empty(1, 3, side, side, device="meta")))}
         more = {"images": n_images, "images_seen_in_training": n_seen, "multiply_adds": cost, "weight_decay": best}
+        more["thresholds"] = thresholds
         write_predictions(table_path, test, probabilities, args.data_dir)
         utils.write_results(figures_path, args, machine, {"probe": {NAME: figures}}, **more)
         machine.print(f"figures: {figures_path}, predictions: {table_path}")

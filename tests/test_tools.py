@@ -258,12 +258,12 @@ def test_rivals_are_drawn_from_what_tests_and_probes_wrote(tmp_path: Path, capsy
         "| linear probe, weights b | central square, resnet50 at 96 pixels | 1.0 | 30.0 | 20.0 to 50.0 |",
     ]
     [panel] = pyplot.gcf().axes
-    assert [text.get_text() for text in panel.get_legend().get_texts()] == [
-        *("grid, with context", "heads of pre-training"),
-        *("learned", "learned, average of 7", "linear probe, weights b"),
+    families = {text.get_text() for text in panel.get_legend().get_texts()}
+    assert families == {"fixed gaze", "learned gaze", "whole image"}
+    labels = [text.get_text() for text in panel.texts]  # neither heads nor averages
+    assert labels == [
+        *("grid, with context (1, 2) x 2", "learned (1, 2) x 2", "learned (2, 2) x 2", "96 px, ImageNet weights")
     ]
-    labels = [text.get_text() for text in panel.texts]
-    assert labels == ["(1, 2) x 2", "23", *(2 * ["(1, 2) x 2", "(2, 2) x 2"]), "96 px"]
     with Image.open(tmp_path / "rivals.png") as image:
         assert len(image.convert("RGB").getcolors(2**16)) > 50
     with pytest.raises(SystemExit, match="no results_"):
@@ -279,7 +279,7 @@ def test_rivals_are_drawn_from_what_tests_and_probes_wrote(tmp_path: Path, capsy
 def test_rivals_stand_at_their_cost() -> None:
     """Only those of the same cost in the table stand side by side, 1 % at most from where they belong."""
     costs = [5.94, 5.27, 8.16, 5.94, 2.96, 2.99, 2.972, 11.8]
-    rivals = [plot.Rival("", "", "", round(1e9 * cost), 0.5, (0.4, 0.6), 10) for cost in costs]
+    rivals = [plot.Rival("", "", "", "", round(1e9 * cost), 0.5, (0.4, 0.6), 10) for cost in costs]
     moved = [place / cost - 1 for place, cost in zip(plot.side_by_side(rivals), costs)]
     assert moved == pytest.approx([-0.01, 0, 0, 0.01, -0.01, 0.01, 0, 0])
 
@@ -292,6 +292,69 @@ def write_predictions(path: Path, estimates: dict[str, str], truth: str, start: 
         for i, (true, predicted) in enumerate(zip(truth, answers, strict=True))
     ]
     utils.write_table(path, rows)
+
+
+def test_law_is_drawn_by_scale(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    sizes = {"k": "1", "n_glimpses": "1", "classify_context": "False", "cells": "6"}
+    for scale, accuracy in (("0.5", 0.8), ("0.25", 0.7)):
+        for policy, start_size, below in (("learned", "1", 0), ("oracle", "1", -0.1), ("center", "4", 0.3)):
+            figures = {"accuracy": accuracy - below, "interval": [accuracy - below - 0.05, accuracy - below + 0.02]}
+            content = {"images": 50, "multiply_adds": {"deterministic": 5 * 10**9}, "backbone": {}}
+            content["backbone"] = {"arch": "resnet18", "patch_size": 32}
+            content["figures"] = {f"policy {policy}": {"deterministic": figures}}
+            content["settings"] = {**sizes, "policy": policy, "start_size": start_size}
+            path = tmp_path / scale / policy / f"results_{policy}.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(content))
+    plot.main(["law", *(str(tmp_path / scale) for scale in ("0.5", "0.25")), "--out", str(tmp_path / "law.png")])
+    rows = capsys.readouterr().out.splitlines()[2:-1]
+    assert [row for row in rows if "learned" in row] == [
+        "| learned, 6 x 6 cells | 5.0 | 0.25 | 70.0 | 65.0 to 72.0 |",
+        "| learned, 6 x 6 cells | 5.0 | 0.5 | 80.0 | 75.0 to 82.0 |",
+    ]
+    assert "| whole image, 32 px | 5.0 | 0.25 | 40.0 | 35.0 to 42.0 |" in rows and len(rows) == 6
+    [panel] = pyplot.gcf().axes
+    labels = {text.get_text().partition(":")[0] for text in panel.texts}
+    assert labels == {"learned, 6 x 6 cells", "oracle", "whole image, 32 px", "numbers"}
+    (tmp_path / "0.5").rename(tmp_path / "half")
+    with pytest.raises(SystemExit, match="half is not named after a scale"):
+        plot.main(["law", str(tmp_path / "half")])
+
+
+def test_cascade_and_stopping_curves(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The small probe is sure of the first two of four images: right and wrong; the large one is right on all."""
+    truth, sure = "abab", (0.9, 0.8, 0.4, 0.3)
+    for size, answers, cost in ((96, "aaaa", 3), (128, "abab", 5)):
+        name = f"probe_resnet18_w_{size}"
+        rows = [
+            {"file": i, "estimate": "linear probe", "true_class": a, "class_1": b, "probability_1": p}
+            for i, (a, b, p) in enumerate(zip(truth, answers, sure))
+        ]
+        utils.write_table(tmp_path / f"predictions_{name}.csv", rows)
+        content = {"settings": {"patch_size": str(size), "weights": "w", "arch": "resnet18"}, "images": 4}
+        content |= {"multiply_adds": {"linear probe": cost * 10**9}, "thresholds": [0.0, 0.5, 1.0]}
+        content["figures"] = {"probe": {"linear probe": {"accuracy": 0.5, "interval": [0.2, 0.8]}}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    of_glance = {"classify_context": "True", "policy": "learned", "k": "1", "start_size": "2", "n_glimpses": "1"}
+    content = {"settings": of_glance, "stopping": [{"multiply_adds": 2e9, "accuracy": 0.25}], "figures": {}}
+    (tmp_path / "results_learned.json").write_text(json.dumps({**content, "backbone": {"arch": "a", "patch_size": 96}}))
+    assert sorted(plot.read_stopping([tmp_path])) == [
+        ("learned gaze", "stops when sure", [(2, 25)]),
+        ("whole image", "96, then 128 px if unsure", [(3, 50), (5.5, 75), (8, 100)]),
+    ]
+    plot.main(["rivals", str(tmp_path), "--out", str(tmp_path / "rivals.png")])
+    assert "96, then 128 px if unsure" in [text.get_text() for text in pyplot.gcf().axes[0].texts]
+    small, large = (str(tmp_path / f"predictions_probe_resnet18_w_{size}.csv") for size in (96, 128))
+    capsys.readouterr()
+    plot.main(["cascade", small, large, "--stop_at", "0.5", "--out", str(tmp_path / "both.csv")])
+    assert (
+        capsys.readouterr().out == f"75.0% of 4 images right, 50.0% of them by the second table: {tmp_path}/both.csv\n"
+    )
+    plot.main(["compare", str(tmp_path / "both.csv"), large])
+    assert "A - B: -25.0 points" in capsys.readouterr().out
+    write_predictions(tmp_path / "other.csv", {"linear probe": "a"}, "a")
+    with pytest.raises(SystemExit, match="same images"):
+        plot.main(["cascade", small, str(tmp_path / "other.csv"), "--stop_at", "0.5"])
 
 
 def test_classes_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
