@@ -473,12 +473,42 @@ def test_demo_ends_with_its_figures_and_a_picture(
         values = [of_estimate["accuracy"] for of_estimate in figures[f"policy {policy}"].values()]
         hit_rate = figures["glimpse 1"]["sampled trajectory" if policy == "random" else "deterministic"]["hit_rate"]
         assert row.split() == [policy, *(f"{100 * value:.1f}" for value in [*values, hit_rate])]
-    examples = demo_figure.draw_examples(data_dir, untrained, save_dir)
-    assert list(examples) in (["before training", "after training", "a mistake"], ["before training", "after training"])
+    before, after = (main.load_classifier(folder) for folder in (untrained, save_dir))
+    example = demo_figure.choose_example(data_dir, before, after)
     with Image.open(out) as image:
-        pixels, top = np.asarray(image).astype(int), 10
-        for panel in examples.values():
-            top += 26  # of the title
-            assert np.abs(pixels[top : top + panel.height, 10 : 10 + panel.width] - panel).mean() < 4
-            top += panel.height + 10
-        assert (pixels[top + 26 :] < 128).any()  # the table
+        pixels, tile, gap = np.asarray(image).astype(int), demo_figure.TILE, demo_figure.GAP
+    assert 1200 < pixels.shape[1] < 1800 and pixels.shape[0] < 450
+    top, left = demo_figure.LINE + gap, 110
+    for classifier, prediction in ((before, example.early), (after, example.late)):
+        row = np.asarray(demo_figure.draw_row(classifier, prediction, example.label)).astype(int)
+        assert np.abs(pixels[top : top + tile, left : left + row.shape[1]] - row).mean() < 4
+        top += tile + gap
+
+
+def test_demo_shows_the_gaze_that_moved_the_most(make_data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that training moves onto the dog, if the prediction is correct."""
+    data_dir = make_data(n_test=6)
+    images = dataset.read_list(data_dir, "test")
+    annotate(data_dir, {file: [(0, 0, 30, 32)] for file in images.files}, 60, 64)
+    order = main.fixed_choice(len(images.files), 100, 0)
+    far, near, aside = (0.9, 0.9), (-0.5, -0.5), (-0.1, -0.1)
+    early, late = [far] * len(order), [near] * len(order)
+    right = [False, False, True, True, *([False] * len(order))]
+    late[2], early[3] = aside, (0.2, 0.2)  # the second candidate that is right moves less, but to the middle of the dog
+
+    def fake(places: list[tuple[float, float]]):
+        answers = iter(range(len(order)))
+
+        def classify(file: Path, annotation: Path) -> main.Prediction:
+            i = next(answers)
+            truth = images.labels[order[i]]
+            drawn = torch.nn.functional.one_hot(torch.tensor([truth if right[i] else (truth + 1) % 3]), 3).float()
+            boxes = torch.tensor([[0, 0, 0.5, 0.5]])
+            return main.Prediction(drawn[0], "", torch.tensor([places[i]]), None, drawn, torch.zeros(1), boxes)
+
+        return classify
+
+    after = fake(late)
+    after.args = utils.argparse.Namespace(seed=0)
+    example = demo_figure.choose_example(data_dir, fake(early), after)
+    assert example.late.location[0].tolist() == pytest.approx(aside) and example.label == images.labels[order[2]]
