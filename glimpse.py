@@ -241,7 +241,7 @@ def draw_contact_sheet(
 
     correct: whether each prediction is correct; the caption of a wrong one says so, in red.
     """
-    side, tiles = 240, []
+    side, tiles = 224, []
     font, captions = choose_font(12, *captions)
     for canvas, box, caption, is_correct in zip(canvases, boxes, captions, correct):
         tile = Image.new("RGB", (side, side + 36), "white")

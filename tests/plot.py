@@ -167,15 +167,19 @@ def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
         cells = f"{rival.multiply_adds / 1e9:.1f} | {100 * rival.accuracy:.1f} | {low:.1f} to {high:.1f}"
         print(f"| {rival.curve} | {rival.detail} | {cells} |")
     figure, panel = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    rivals = list(filter(is_drawn, rivals))
+    rivals, labelled = list(filter(is_drawn, rivals)), []
     for rival, cost in zip(rivals, side_by_side(rivals)):
         low, high = (100 * edge for edge in rival.interval)
         color, height = HUES[rival.family], 100 * rival.accuracy
         panel.errorbar(cost, height, [[height - low], [high - height]], elinewidth=0.6, color=color, alpha=0.4)
         panel.plot(cost, height, MARKERS[rival.family], color=color)
-        side = {"fixed gaze": ("right", (-6, -3))}.get(rival.family, ("left", (6, -3)))
-        style = {"textcoords": "offset points", "fontsize": "x-small", "ha": side[0], "color": color}
-        panel.annotate(rival.label, (cost, height), side[1], **style)
+        same = [(c, a) for c, a, family in labelled if family == rival.family]
+        close = [a for c, a in same if abs(c / cost - 1) < 0.1 and abs(a - height) < 1]
+        labelled.append((cost, height, rival.family))
+        places = {"fixed gaze": ("right", -6, -3), "whole image": ("center", 0, 28), "learned gaze": ("left", 6, -3)}
+        align, x, y = places[rival.family]
+        style = {"textcoords": "offset points", "fontsize": "x-small", "ha": align, "color": color}
+        panel.annotate(rival.label, (cost, height), (x, y + 9 * len(close)), **style)
     for family, label, points in read_stopping(folders):
         panel.plot(*zip(*points), ".--", linewidth=1, color=HUES[family])
         place = points[len(points) // 2]
@@ -206,6 +210,7 @@ def draw_law(folders: list[Path], pyplot: Any) -> Any:
             sys.exit(f"error: {folder} is not named after a scale of data/small_dogs.py, such as 0.25")
         for rival in filter(is_drawn, read_rivals([folder])):
             name = f"whole image, {rival.label}" if rival.family == "whole image" else rival.curve
+            name += ", 2 x 2 cells" if name == "learned" else ""
             lines[rival.family, name].append((scale, rival))
             costs[name] = rival.multiply_adds / 1e9
     print("| method | billions of multiply-adds | scale | accuracy in % | 95 % interval |\n|---|---|---|---|---|")

@@ -212,20 +212,20 @@ def test_contact_sheet_shows_every_image_with_its_boxes() -> None:
     canvases = [to_tensor(Image.new("RGB", (64, 64), color)) for color in colors]
     boxes = [torch.tensor([[[0.25, 0.25, 0.75, 0.75]]])] * 7
     sheet = np.array(glimpse.draw_contact_sheet(canvases, boxes, ["one line\nand another"] * 7, [True] * 7))
-    assert sheet.shape == (8 + 2 * (276 + 8), 8 + 5 * (240 + 8), 3)
+    assert sheet.shape == (8 + 2 * (260 + 8), 8 + 5 * (224 + 8), 3)
     for i, color in enumerate(colors):
-        x, y = 8 + 248 * (i % 5), 8 + 284 * (i // 5)
-        tile = sheet[y : y + 276, x : x + 240]
-        assert (tile[120, 120] == color).all() and (tile[60, 60:180] == (255, 0, 0)).all()
-        assert (tile[240:] < 128).all(-1).any() and (tile[-1] == 255).all()  # a caption, not cut off
+        x, y = 8 + 232 * (i % 5), 8 + 268 * (i // 5)
+        tile = sheet[y : y + 260, x : x + 224]
+        assert (tile[112, 112] == color).all() and (tile[56, 56:168] == (255, 0, 0)).all()
+        assert (tile[224:] < 128).all(-1).any() and (tile[-1] == 255).all()  # a caption, not cut off
 
 
 def test_contact_sheet_says_which_predictions_are_wrong() -> None:
     canvas, box = torch.zeros(3, 64, 64, dtype=torch.uint8), torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])
     captions = ["predicted cat (0.50)", "wrong: predicted cat (0.50)"]
     sheet = np.array(glimpse.draw_contact_sheet([canvas] * 2, [box] * 2, [captions[0]] * 2, [True, False]))
-    right, wrong = (sheet[248:266, 8 + 248 * i : 248 + 248 * i].astype(int) for i in range(2))
-    said = np.array(glimpse.draw_contact_sheet([canvas] * 2, [box] * 2, captions, [True] * 2))[248:266, 256:496]
+    right, wrong = (sheet[232:250, 8 + 232 * i : 232 + 232 * i].astype(int) for i in range(2))
+    said = np.array(glimpse.draw_contact_sheet([canvas] * 2, [box] * 2, captions, [True] * 2))[232:250, 240:464]
     assert ((wrong[..., 1] < 128) == (said[..., 1] < 128)).all()
     assert (wrong[..., 0] >= 0xC0).all() and (right[..., 0] < 128).any()
 
@@ -296,7 +296,7 @@ def test_drawings_show_the_names_in_a_font_that_has_them(monkeypatch: pytest.Mon
     text = Image.new("RGB", (panel.shape[1], 20), "white")
     ImageDraw.Draw(text).text((8, 4), "a caption", "black", ImageFont.load_default(42))
     assert (panel[:20] == np.array(text)).all()
-    assert (sheet[8 + 240 : -8, 8:-8] < 128).all(-1).any(0).sum() > 60  # columns with ink
+    assert (sheet[8 + 224 : -8, 8:-8] < 128).all(-1).any(0).sum() > 60  # columns with ink
 
 
 def test_contact_sheet_keeps_long_names_in_their_tiles() -> None:
@@ -305,13 +305,13 @@ def test_contact_sheet_keeps_long_names_in_their_tiles() -> None:
     for long in ("American Staffordshire terrier", "West Highland white terrier", "柴犬" * 12):
         caption = f"predicted {long} (0.99)\ntrue {long} (0.01)"
         sheet = np.array(glimpse.draw_contact_sheet([canvas] * 6, [box] * 6, [caption] * 6, [True] * 6))
-        captions = sheet[8 + 240 : 8 + 276]
+        captions = sheet[8 + 224 : 8 + 260]
         for i in range(6):
-            left = 8 + 248 * (i % 5)
-            tile = (sheet if i < 5 else sheet[284:])[8 + 240 : 8 + 276, left : left + 240]
+            left = 8 + 232 * (i % 5)
+            tile = (sheet if i < 5 else sheet[268:])[8 + 224 : 8 + 260, left : left + 224]
             ink = (tile < 128).all(-1)
             assert ink[:18].any() and ink[18:].any() and 200 < np.flatnonzero(ink.any(0)).max() < 240
-        assert (captions[:, 240 + 8 : 240 + 16] == 255).all()  # nothing between the tiles
+        assert (captions[:, 224 + 8 : 224 + 16] == 255).all()  # nothing between the tiles
 
 
 def test_attention_is_drawn_over_its_own_quadrant() -> None:
