@@ -277,7 +277,7 @@ class RecurrentAttention(nn.Module):
             self.glance = nn.LSTMCell(n_features, rnn_hidden)  # weights of its own to read the context
         self.classify = nn.Linear(rnn_hidden, n_classes)
 
-    def forward(self, canvas: Tensor, noise: Tensor, policy: str, stop_at: float = 1.0) -> Rollout:
+    def forward(self, canvas: Tensor, noise: Tensor, policy: str, stop_at: float = math.inf) -> Rollout:
         """Roll out M trajectories over each image: T glimpses, after a glance at the context if it is classified.
 
         canvas: uint8 [B, 3, S, S]. noise: standard normal [B, M, T, 2], supplied by the caller; zeros give the

@@ -90,7 +90,9 @@ def test_every_layout_is_trained_and_tested(
     n_train, n_valid, n_test = (len(images.files) for images in lists)
     assert n_train + n_valid + n_test == 6 * len(places) and tested.startswith(f"{n_test} test images of {data_dir}, ")
     assert printed.count(f"data:    {n_train} training and {n_valid} validation images of 3 classes") == 2
-    assert len(read_log(tmp_path / "out" / "predictions_learned.csv")) == 2 * n_test
+    assert (
+        len(read_log(tmp_path / "out" / "predictions_learned.csv")) == 3 * n_test
+    )  # two estimates, and one after glimpse 1
     tops = [{file.relative_to(data_dir).parts[0] for file in images.files} for images in lists]
     if len(folders) > 1:
         assert tops == [{folders[0]}, {folders[len(folders) - 2]}, {folders[-1]}]
@@ -542,7 +544,7 @@ def test_bad_images_of_the_test_set(trained: Path, tmp_path: Path, capsys: pytes
         assert "5 test images of" in printed and f"image {files[1]} cannot be read (" in printed
         before = {path: path.read_bytes() for path in (trained / "out").iterdir()}
     rows = read_log(trained / "out" / "predictions_learned_data.csv")  # of a copy of the folder that was trained on
-    assert [trained / "data" / row["file"] for row in rows] == 2 * [files[0], *files[2:]]
+    assert [trained / "data" / row["file"] for row in rows] == 3 * [files[0], *files[2:]]
 
 
 def test_image_that_has_become_readable_is_not_left_out(

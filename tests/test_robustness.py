@@ -221,16 +221,17 @@ def test_operations_are_those_of_the_layers() -> None:
         if isinstance(module, torch.nn.Conv2d):
             convolutions += module.weight.numel() * side[name.partition(".")[0]] ** 2
     assert utils.multiply_adds(lambda: build_backbone("resnet18")(torch.zeros(1, 3, 32, 32))) == convolutions
-    once, many = (main.multiply_adds(args, backbone, 120, n) for n in (1, 7))
+    [once], [many] = (main.multiply_adds(args, backbone, 120, n) for n in (1, 7))
     lstm, classifier, baseline = 4 * 16 * (512 + 16), 16 * 120, 512 + 16
     of_glimpse = convolutions + lstm + classifier + baseline
     attention = 4 * 512
     assert once == convolutions + attention + of_glimpse and many == once + 6 * of_glimpse
     for policy in ("center", "random", "grid", "oracle"):  # which need no context, unless it is classified
         args.policy, args.classify_context = policy, False
-        assert main.multiply_adds(args, backbone, 120, 1) == attention + of_glimpse
+        assert main.multiply_adds(args, backbone, 120, 1) == [attention + of_glimpse]
         args.classify_context = True
-        assert main.multiply_adds(args, backbone, 120, 1) == once + 4 * 16 * 512
+        glance = attention + of_glimpse  # the context in place of a glimpse
+        assert main.multiply_adds(args, backbone, 120, 1) == [glance, glance + attention + of_glimpse]
 
 
 def test_gaze_is_at_the_nearest_of_several_dogs() -> None:
