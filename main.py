@@ -559,7 +559,9 @@ def predict(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> No
         save_image(path, classifier.draw(prediction, file.name))
         n_taken = f" after {len(prediction.location)} of {args.n_glimpses} glimpses" if args.stop_at < 1 else ""
         machine.print(f"{file}: {prediction.estimate}{n_taken} (drawn in {path})")
-        row = prediction_row(prediction.probabilities, classifier.class_names, prediction.location)
+        untaken = torch.full((args.n_glimpses - len(prediction.location), 2), math.nan)  # glimpses that it did without
+        places = torch.cat([prediction.location, untaken])
+        row = prediction_row(prediction.probabilities, classifier.class_names, places)
         for i in range(1, min(N_BEST, len(classifier.class_names)) + 1):
             machine.print(f"  {row[f'probability_{i}']:6.1%}  {row[f'class_{i}']}")
         rows.append({"file": file, **row})

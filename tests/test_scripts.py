@@ -371,6 +371,9 @@ def test_glance_first_and_stop_when_sure(main_args: list[str], save_dir: Path, c
     capsys.readouterr()
     main.main([*main_args, "--task=predict", "--stop_at=1e-9", "--images", str(images[0])])
     assert "deterministic after 0 of 2 glimpses (drawn in " in capsys.readouterr().out
+    main.main([*main_args, "--task=predict", f"--stop_at={stop_at}", "--images", *map(str, images)])
+    rows = read_log(Path(main_args[main_args.index("--imgs_dir") + 1]) / "predictions.csv")
+    assert {(row["x_1"] == "nan") + (row["x_2"] == "nan") for row in rows} == {2 - n for n in taken}
 
 
 def test_stopping_by_hand() -> None:
