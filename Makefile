@@ -25,7 +25,7 @@ demo: $(VENV)/.installed $(TOY)/lists/test_list.mat
 	@echo; echo "Where to look, learned or not:"
 	@$(RUN) tests/demo_figure.py --data_dir $(TOY) --untrained $(UNTRAINED) --trained $(OUT) --out imgs/toy/demo.jpg
 
-# Stanford Dogs at its own size, with the settings of the README's table of 120 breeds; after an interruption, go on.
+# Stanford Dogs at its own size, with the settings of the table of 120 breeds; after an interruption, go on.
 resumed = $$([ ! -e data/saved_models/$(1) ] || echo --resume_training=True)
 stanford_dogs: $(VENV)/.installed
 	$(RUN) data/stanford_dogs.py
@@ -35,7 +35,7 @@ stanford_dogs: $(VENV)/.installed
 	$(RUN) main.py --task=test
 	$(RUN) main.py --task=view_glimpses --imgs_dir imgs/dogs
 
-# The README's table of the toy set: every policy trained and tested, three seeds.
+# The table of toy dogs in tests/RESULTS.md: every policy trained and tested, three seeds.
 toy_table: $(VENV)/.installed $(TOY)/lists/test_list.mat
 	$(RUN) tests/toy_table.py --data_dir $(TOY) --out $(TOY)/table
 

@@ -1,4 +1,4 @@
-"""Train and test every policy on the toy set with several seeds, and print the README's table. Run by hand.
+"""Train and test every policy on the toy set with several seeds, and print the table of RESULTS.md. Run by hand.
 
 It runs the same commands as a user, prints each, and keeps the results under --out, so that the same command resumes an
 interrupted run. Delete that folder after changing the code or the data.
