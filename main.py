@@ -172,6 +172,12 @@ def gaze(location: Tensor, boxes: Tensor) -> dict[str, float]:
     return {name: value.double().mean().item() for name, value in figures.items()}
 
 
+def by_glimpse(probabilities: Tensor, location: Tensor) -> dict[int, Tensor]:
+    """Probabilities of `evaluate` after each glimpse, [N, M, C], by its number: 0 is the glance, if there is one."""
+    T = location.shape[2]
+    return dict(zip(range(1 + T - probabilities.shape[2], T + 1), probabilities.unbind(2)))
+
+
 def validate(
     net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, machine: Machine
 ) -> tuple[dict[str, float], list[float]]:
@@ -180,9 +186,9 @@ def validate(
     Returns also thresholds for `stopping`, of the predictions before the last one.
     """
     probabilities, location, boxes = evaluate(net, loader, noise, policy, machine, "validation")
-    labels, each, T = torch.tensor(loader.dataset.images.labels), {}, location.shape[2]
-    for t in range(1 + T - probabilities.shape[2], T + 1):
-        after = scores(probabilities[:, :, t - T - 1], labels)
+    labels, each = torch.tensor(loader.dataset.images.labels), {}
+    for t, answers in by_glimpse(probabilities, location).items():
+        after = scores(answers, labels)
         figures = {"accuracy": after["accuracy"], "nll": after["nll"]}
         figures |= gaze(location[:, :, t - 1], boxes) if t else {}
         each |= {f"{name}_{t}": value for name, value in figures.items()}
@@ -305,12 +311,11 @@ def prediction_rows(args: Namespace, images: ImageList, probabilities: Tensor, l
 
     probabilities: [N, M, T, C], or T + 1 with a glance; location: [N, M, T, 2].
     """
-    rows, names, T = [], images.class_names, location.shape[2]
-    after = estimates(probabilities[:, :, -1], args.policy)
+    rows, names, earlier = [], images.class_names, by_glimpse(probabilities, location)
+    after = estimates(earlier.pop(location.shape[2]), args.policy)
     after.pop("sampled trajectory", None)
     if "deterministic" in after:
-        steps = range(1 + T - probabilities.shape[2], T)
-        after |= {f"after glimpse {t}": probabilities[:, :1, t - T - 1] for t in steps}
+        after |= {f"after glimpse {t}": answers[:, :1] for t, answers in earlier.items()}
     for estimate, values in after.items():
         for file, truth, p, place in zip(images.files, images.labels, values[:, 0], location[:, 0]):
             row = {"file": file.relative_to(args.data_dir), "estimate": estimate, "true_class": names[truth]}
@@ -325,10 +330,10 @@ def measure(policy: str, probabilities: Tensor, location: Tensor, boxes: Tensor,
     probabilities: [N, M, T, C], or T + 1 with a glance, which is called glimpse 0; location: [N, M, T, 2]; boxes of the
     dogs: [N, n, 4]; labels: [N].
     """
-    figures, T = {f"policy {policy}": {}}, location.shape[2]
-    for t in range(1 + T - probabilities.shape[2], T + 1):
+    figures: dict[str, Any] = {f"policy {policy}": {}}
+    for t, of_all in by_glimpse(probabilities, location).items():
         places, of_glimpse = estimates(location[:, :, t - 1], policy), {}
-        for name, answers in estimates(probabilities[:, :, t - T - 1], policy).items():
+        for name, answers in estimates(of_all, policy).items():
             after = scores(answers, labels)
             figures[f"policy {policy}"][name] = {**after, "interval": utils.interval(after["accuracy"], len(labels))}
             of_glimpse[name] = {"accuracy": after["accuracy"], "nll": after["nll"]}

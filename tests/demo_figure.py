@@ -16,6 +16,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from plot import HUES
+
 import dataset
 from glimpse import (
     FULL_SCALE,
@@ -123,7 +125,9 @@ def compose(rows: dict[str, Image.Image], figures: dict[str, dict[str, float]]) 
         accuracy = of_policy[estimate]
         draw.text((x, y - 24), f"{policy} gaze", "black", font)
         draw.rectangle((x, y, x + BAR, y + 34), "#eeeeee")
-        draw.rectangle((x, y, x + BAR * accuracy, y + 34), "#d62728" if policy == "learned" else "#1f77b4")
+        draw.rectangle(
+            (x, y, x + BAR * accuracy, y + 34), HUES["learned gaze" if policy == "learned" else "fixed gaze"]
+        )
         draw.text((x + BAR + 8, y + 17), f"{accuracy:.1%}", "black", font, "lm")
     return strip
 
