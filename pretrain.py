@@ -47,20 +47,24 @@ def make_parser() -> utils.Parser:
     return parser
 
 
+def read_weights(weights: str, arch: str) -> Any:
+    """ImageNet weights (torchvision's version 1, as in 2018), or the content of a file. Raises UserError."""
+    if weights != "imagenet":
+        return utils.load_checkpoint(Path(weights), "--weights takes imagenet, none, or a file")
+    try:
+        return torchvision.models.get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=True)
+    except Exception as error:  # of the network, or of a broken download
+        raise UserError(f"ImageNet weights of {arch} cannot be downloaded ({error}): see --weights") from error
+
+
 def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> dict[str, Any]:
-    """Load ImageNet weights (torchvision's version 1, as in 2018) or those of a file. Raises UserError.
+    """Load ImageNet weights or those of a file, unless weights is "none". Raises UserError.
 
     Returns the file's content if this script wrote it, else {}.
     """
     if weights == "none":
         return {}
-    if weights == "imagenet":
-        try:
-            state = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=True)
-        except Exception as error:  # of the network, or of a broken download
-            raise UserError(f"ImageNet weights of {arch} cannot be downloaded ({error}): see --weights") from error
-    else:
-        state = utils.load_checkpoint(Path(weights), "--weights takes imagenet, none, or a file")
+    state = read_weights(weights, arch)
     where = f"{weights} (is --arch {arch} right?)"
     if isinstance(state, dict) and "model_dict" in state:
         utils.load_state(backbone.load_state_dict, state["model_dict"], where)

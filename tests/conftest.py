@@ -52,7 +52,9 @@ class NarrowResNet(ResNet):
 @register_model(ARCH)
 def narrow(weights: None = None) -> NarrowResNet:
     """The blocks of a resnet18."""
-    return NarrowResNet(BasicBlock, [2, 2, 2, 2])
+    net = NarrowResNet(BasicBlock, [2, 2, 2, 2])
+    net.fc = nn.Linear(net.inplanes, net.fc.out_features)
+    return net
 
 
 model.ARCHITECTURES.append(ARCH)

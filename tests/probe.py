@@ -77,11 +77,11 @@ def probabilities_of(probe: nn.Linear, features: Tensor) -> Tensor:
     return probe(features).softmax(-1).unsqueeze(1)
 
 
-def write_predictions(path: Path, images: ImageList, probabilities: Tensor, data_dir: Path) -> None:
+def write_predictions(path: Path, images: ImageList, probabilities: Tensor, data_dir: Path, estimate: str) -> None:
     """Write the predictions, with the columns of those of main.py. probabilities: [N, 1, C]."""
     rows, names = [], images.class_names
     for file, truth, [values] in zip(images.files, images.labels, probabilities):
-        row = {"file": file.relative_to(data_dir), "estimate": NAME, "true_class": names[truth]}
+        row = {"file": file.relative_to(data_dir), "estimate": estimate, "true_class": names[truth]}
         rows.append({**row, "true_probability": values[truth].item(), **prediction_row(values, names, None)})
     utils.write_table(path, rows)
 
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         cost = {NAME: utils.multiply_adds(lambda: net(torch.empty(1, 3, side, side, device="meta")))}
         more = {"images": n_images, "images_seen_in_training": n_seen, "multiply_adds": cost, "weight_decay": best}
         more["thresholds"] = thresholds
-        write_predictions(table_path, test, probabilities, args.data_dir)
+        write_predictions(table_path, test, probabilities, args.data_dir, NAME)
         utils.write_results(figures_path, args, machine, {"probe": {NAME: figures}}, **more)
         machine.print(f"figures: {figures_path}, predictions: {table_path}")
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import demo_figure
+import finetune
 import numpy as np
 import plot
 import probe
@@ -127,6 +128,26 @@ def test_probe_chooses_the_weight_decay_on_validation(
     results = json.loads((tmp_path / f"probe_{ARCH}_none_32.json").read_text())
     assert tested == [0.01] and results["weight_decay"] == 0.01
     assert list(probes.values()) == list(probe.WEIGHT_DECAYS)
+
+
+def test_fine_tuning_learns_and_keeps_the_best_epoch(
+    colors: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Tested is the epoch with the lowest NLL on validation; figures and predictions are those of the test list."""
+    argv = ["--data_dir", str(colors), "--save_dir", str(tmp_path), *SMALL, "--arch", ARCH, "--image_size", "32"]
+    finetune.main([*argv, "--weights", "none", "--epochs", "6", "--lr", "0.01", "--lr_schedule", "constant"])
+    out = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+);", out)]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    name = f"finetune_{ARCH}_32"
+    results, rows = json.loads((tmp_path / f"{name}.json").read_text()), read_log(tmp_path / f"predictions_{name}.csv")
+    figures = results["figures"]["fine-tuned"]["fine-tuned ResNet"]
+    right = np.mean([row["class_1"] == row["true_class"] for row in rows])
+    assert len(rows) == results["images"] == 24 and figures["accuracy"] == pytest.approx(right) and right > 0.5
+    nll = -np.log([float(row["true_probability"]) for row in rows]).mean()
+    assert figures["nll"] == pytest.approx(nll, abs=1e-5)
+    plot.main(["compare", *[str(tmp_path / f"predictions_{name}.csv")] * 2])
+    assert "0.0" in capsys.readouterr().out
 
 
 def test_results_of_a_probe_last_as_long_as_what_it_probed(colors: Path, tmp_path: Path) -> None:
