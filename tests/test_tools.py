@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import controls
 import demo_figure
 import finetune
 import numpy as np
@@ -437,6 +438,63 @@ def test_comparison_is_paired(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
 def test_p_is_that_of_mcnemars_exact_test(pair: tuple[int, int]) -> None:
     wanted = binomtest(pair[0], sum(pair)).pvalue if sum(pair) else 1
     assert plot.mcnemar(*pair) == pytest.approx(wanted)
+
+
+# --- controls of the gaze
+
+
+def test_controls_look_where_they_say(make_data, save_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Their predictions are those of main.py's test where it looks at the same places; the differences are paired."""
+    data_dir = make_data(n_test=6)
+    files = dataset.read_list(data_dir, "test").files
+    annotate(data_dir, {file: [(0, 0, 10 + 2 * i, 12 + i)] for i, file in enumerate(files)}, 60, 64)
+    shared, folder = [*SMALL, "--save_dir", str(save_dir)], str(save_dir / "pt_glimpse_model.tar")
+    network = ["--k", "1", "--start_size", "1", "--n_glimpses", "2", "--rnn_hidden", "16"]
+    main.main([*shared, "--data_dir", str(data_dir), "--backbone", folder, *network, "--epochs", "0"])
+    for policy in ("learned", "center", "oracle"):
+        main.main([*shared, "--task=test", "--policy", policy, "--n_trajectories", "1"])
+    assert "only a learned gaze" in fails(controls, [*shared, "--policy", "center"])
+    capsys.readouterr()
+    controls.main([*shared, "--other", str(save_dir / "predictions_center.csv")])
+    out = capsys.readouterr().out
+    same = {"own_gaze": "learned", "center": "center", "annotated_dog": "oracle"}
+    tables = {}
+    for name, policy in same.items():
+        rows = [row for row in read_log(save_dir / f"predictions_{policy}.csv") if row["estimate"] == "deterministic"]
+        tables[name] = read_log(save_dir / f"predictions_learned_{name}.csv")
+        for row, control in zip(rows, tables[name], strict=True):
+            assert all(control[key] == row[key] for key in ("file", "true_class", "class_1"))
+            assert float(control["true_probability"]) == pytest.approx(float(row["true_probability"]), abs=1e-5)
+    differ = [a["probability_1"] != b["probability_1"] for a, b in zip(tables["own_gaze"], tables["annotated_dog"])]
+    assert any(differ)
+    right = {name: np.array([r["class_1"] == r["true_class"] for r in rows]) for name, rows in tables.items()}
+    ahead = right["own_gaze"].astype(float) - right["annotated_dog"]
+    half = 196 * ahead.std() / len(ahead) ** 0.5
+    assert re.search(rf"annotated dog .*ahead by {100 * ahead.mean():.1f} ± {half:.1f} points", out)
+    assert "predictions_center " in out and len(re.findall("smallest third first", out)) == 2 * 5
+
+
+def test_controls_give_no_image_its_own_gaze() -> None:
+    own = torch.randn(7, 1, 2, 2)
+    boxes = torch.full((7, 2, 4), torch.nan)
+    boxes[:, 0] = torch.tensor([0.0, 0.5, 0.5, 1.0])
+    for seed in range(20):
+        places = controls.places_of(own, boxes, seed)
+        other = places["gaze of another image"]
+        assert not any(torch.equal(a, b) for a, b in zip(own, other))
+        assert torch.equal(other.flatten(1).sort(0).values, own.flatten(1).sort(0).values)
+    assert torch.allclose(places["mean place"][3], own.mean(0)) and not places["center"].any()
+    assert torch.equal(places["annotated dog"][0, 0], torch.tensor([[-0.5, 0.5]] * 2))
+
+
+def test_controls_sort_dogs_into_thirds() -> None:
+    boxes = torch.full((7, 2, 4), torch.nan)  # the first image has none
+    for i in range(1, 7):
+        boxes[i, 0] = torch.tensor([0.5 - 0.05 * i, 0.5 - 0.05 * i, 0.5 + 0.01 * i, 0.5 + 0.01 * i])
+    boxes[1, 0] = torch.tensor([0.9, 0.9, 0.91, 0.91])  # the smallest is the farthest
+    parts = {name: [part.tolist() for part in thirds] for name, thirds in controls.thirds(boxes).items()}
+    assert parts["dog's size"] == [[1, 2], [3, 4], [5, 6]]
+    assert parts["dog's distance from the center"] == [[2, 3], [4, 5], [6, 1]]
 
 
 # --- the toy table and the end of the demo
