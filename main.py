@@ -241,9 +241,7 @@ def refuse_oracle_without_boxes(args: Namespace, *lists: ImageList) -> None:
 def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> None:
     """Train on a frozen backbone and keep the classifier at its best, the epoch with the lowest NLL on validation."""
     run = utils.Run(args, machine, FILES, last)
-    train_list, valid_list, data = dataset.read_training_data(args, machine)
-    if last:
-        dataset.refuse_other_data(last["data"], data, run.last_path)
+    train_list, valid_list, data = dataset.read_training_data(args, machine, last)
     refuse_oracle_without_boxes(args, train_list, valid_list)
     weights, about = (None, last["backbone"]) if last else read_backbone(args, valid_list)
     if dataset.seen_by(about["data"], ("training",)) != dataset.seen_by(data, ("training",)):

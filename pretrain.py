@@ -123,9 +123,7 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
     All heads count, since one on a few hundred images says little; NLL would also measure how well they are calibrated.
     """
     run = utils.Run(args, machine, FILES, last)
-    train_list, valid_list, data = dataset.read_training_data(args, machine)
-    if last:
-        dataset.refuse_other_data(last["data"], data, run.last_path)
+    train_list, valid_list, data = dataset.read_training_data(args, machine, last)
     size = canvas_size(args.patch_size, STARTS[0])
     # A ragged batch could hold a single image, too few for BatchNorm.
     train_loader = dataset.make_loader(train_list, args, machine, size, trains=True, drop_last=True)

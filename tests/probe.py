@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.arch)
     earlier = pretrain.load_initial_weights(backbone, args.weights, args.arch)
-    train, valid, data = dataset.read_training_data(args, machine)
+    train, valid, data = dataset.read_training_data(args, machine, None)
     seen = dataset.seen_by(earlier.get("data", {}), ("training",))
     dataset.refuse_seen_images(valid, seen, Path(args.weights), "validation")
     known = {"data": data, "backbone": earlier}

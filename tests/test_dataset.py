@@ -359,7 +359,7 @@ def test_data_are_described_by_classes_files_and_fingerprints(make_data, tmp_pat
     shutil.copytree(data_dir, elsewhere)
 
     def describe(folder: Path) -> tuple[ImageList, dict[str, object]]:
-        train, valid, data = dataset.read_training_data(flags_of(main, "--data_dir", str(folder)), CPU)
+        train, valid, data = dataset.read_training_data(flags_of(main, "--data_dir", str(folder)), CPU, None)
         for part, images in (("training", train), ("validation", valid)):
             assert data[part]["labels"] == images.labels and data[part]["fingerprints"] == images.fingerprints
             assert [folder / file for file in data[part]["files"]] == images.files
