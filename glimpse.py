@@ -29,10 +29,7 @@ GAP, LINE = 8, 22  # of a panel, in pixels: between its parts, and the height of
 
 
 def patch_scales(k: int, start_size: int) -> tuple[int, ...]:
-    """Scales of the k concentric patches of a glimpse, finest first: start_size * 2^i for i < k.
-
-    Raises ValueError unless start_size is 1, 2 or 4 and the coarsest patch is no larger than the image.
-    """
+    """Scales of the k concentric patches, finest first: start_size * 2^i. Raises ValueError if one is not 1, 2 or 4."""
     if k < 1 or start_size not in STARTS or start_size * 2 ** (k - 1) > FULL_SCALE:
         valid = "(1, 1), (2, 1), (3, 1), (1, 2), (2, 2) or (1, 4)"
         raise ValueError(f"k {k} with start_size {start_size} is not valid: (k, start_size) must be {valid}")
@@ -155,16 +152,13 @@ def draw_dogs(image: Image.Image, boxes: Tensor) -> Image.Image:
 def draw_attention(context: Image.Image, attention: Tensor) -> Image.Image:
     """Copy the context and darken each of its c x c cells the less attention, of [c c], it gets; number quadrants."""
     side = math.isqrt(len(attention))
-    image, edges = context.copy(), [round(i * context.width / side) for i in range(side + 1)]
+    brightness = (0.3 + 0.7 * attention / attention.max()).view(1, 1, side, side)
+    pixels = pil_to_tensor(context) * F.interpolate(brightness, context.width, mode="nearest-exact")[0]
+    image = to_pil_image(pixels.round().byte())
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
-    for i, weight in enumerate(attention.tolist()):
-        row, column = divmod(i, side)
-        box = edges[column], edges[row], edges[column + 1], edges[row + 1]
-        brightness = 0.3 + 0.7 * weight / attention.max().item()
-        image.paste(context.crop(box).point([round(value * brightness) for value in range(256)] * 3), box[:2])
-        if side == 2:
-            center = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-            draw.text(center, f"{weight:.2f}", "white", font, "mm", stroke_width=1, stroke_fill="black")
+    for i, weight in enumerate(attention.tolist() if side == 2 else []):
+        center = (i % 2 + 0.5) * image.width / 2, (i // 2 + 0.5) * image.width / 2
+        draw.text(center, f"{weight:.2f}", "white", font, "mm", stroke_width=1, stroke_fill="black")
     return image
 
 
@@ -236,10 +230,7 @@ def shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
 def draw_contact_sheet(
     canvases: list[Tensor], boxes: list[Tensor], captions: list[str], correct: list[bool]
 ) -> Image.Image:
-    """Draw images, uint8 [3, S, S] each, with their boxes, [T, k, 4] each, above captions of one or two lines.
-
-    correct: whether each prediction is correct; the caption of a wrong one says so, in red.
-    """
+    """Draw images, uint8 [3, S, S], with boxes, [T, k, 4], above one or two lines of caption, in red if not correct."""
     side, tiles = 224, []
     font, captions = choose_font(12, *captions)
     for canvas, box, caption, is_correct in zip(canvases, boxes, captions, correct):

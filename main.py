@@ -60,8 +60,7 @@ def make_parser() -> utils.Parser:
     network("--std_dev", type=utils.positive, default=0.2, help="standard deviation of the location, before tanh")
     network("--classify_context", **utils.SWITCH, help="classify the context first, then the glimpses as well")
     network("--cells", type=utils.positive_count, default=2, help="cells along a side of the context, up to P/16")
-    network("--policy", default="learned", choices=POLICIES,
-            help="learned; or a baseline: center, random, grid, oracle (annotated box)")  # fmt: skip
+    network("--policy", default="learned", choices=POLICIES, help="where to look; oracle: at the annotated dog")
     use = parser.add_argument_group("test, view_glimpses and predict").add_argument
     use("--images", type=Path, nargs="+", metavar="PATH", help="images to predict, or folders of them")
     use("--imgs_dir", type=Path, default=Path("imgs"), help="folder for drawings")
@@ -124,20 +123,15 @@ def evaluation_noise(policy: str, n_images: int, n_samples: int, n_glimpses: int
     return torch.cat([deterministic, samples], dim=1) if policy == "learned" else deterministic
 
 
-def evaluate(
-    net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, machine: Machine, title: str
-) -> list[Tensor]:
-    """Probabilities [N, M, T, C], locations [N, M, T, 2] and boxes [N, n, 4] of a list, in order. Raises UserError.
-
-    If the context is classified, there are T + 1 probabilities: those after the glance come first.
-    """
+def evaluate(net: nn.Module, data: DataLoader, noise: Tensor, policy: str, machine: Machine, part: str) -> list[Tensor]:
+    """Probabilities [N, M, T, C], or T + 1 with a glance, locations [N, M, T, 2] and boxes [N, n, 4] of a list."""
     net = utils.for_evaluation(net)
 
     def predict(canvas: Tensor, boxes: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         rollout = net(canvas, look_at(noise[index], boxes, policy).to(machine.device), policy)
         return rollout.logits.softmax(-1), rollout.location[:, :, -noise.shape[2] :]
 
-    return utils.collect(predict, loader, machine, title)
+    return utils.collect(predict, data, machine, part)
 
 
 def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
@@ -181,10 +175,7 @@ def by_glimpse(probabilities: Tensor, location: Tensor) -> dict[int, Tensor]:
 def validate(
     net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, machine: Machine
 ) -> tuple[dict[str, float], list[float]]:
-    """Scores of one trajectory per image after the last glimpse, and its accuracy, NLL and gaze after each.
-
-    Returns also thresholds for `stopping`, of the predictions before the last one.
-    """
+    """Scores of one trajectory per image, also accuracy, NLL and gaze after each glimpse; thresholds for `stopping`."""
     probabilities, location, boxes = evaluate(net, loader, noise, policy, machine, "validation")
     labels, each = torch.tensor(loader.dataset.images.labels), {}
     for t, answers in by_glimpse(probabilities, location).items():
@@ -205,10 +196,7 @@ def stopping_thresholds(probabilities: Tensor) -> list[float]:
 
 
 def read_backbone(args: Namespace, valid_list: ImageList) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights of the pre-trained backbone, and what checkpoints store about it.
-
-    Raises UserError for an unsuitable file, and if the backbone was trained on images of valid_list.
-    """
+    """Weights of the pre-trained backbone, and what checkpoints store about it. Refuses one that saw valid_list."""
     path = Path(args.backbone) if args.backbone else args.save_dir / pretrain.FILES[0]
     content = utils.load_checkpoint(path, "make it with `python pretrain.py`, or see --backbone", "model_dict")
     if "backbone" in content or ("settings" in content and "versions" not in content):
@@ -266,12 +254,11 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
         means = train_one_epoch(net, train_loader, noise, args, optimizer, machine, title)
         valid, run.stored["thresholds"] = validate(net, valid_loader, valid_noise, args.policy, machine)
         rates = {name: group["lr"] for name, group in zip(("lr", "attention_lr"), optimizer.param_groups)}
-        figures = {"train": means, "valid": valid, **rates, "seconds": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        figures = {"train": means, "valid": valid, **rates, "seconds": seconds}
         best = " (best)" if run.save(epoch, valid["nll"], model, optimizer, **figures) else ""
-        machine.print(
-            f"{title}: loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; valid "
-            f"{valid['accuracy']:.3f}, NLL {valid['nll']:.3f}{best}; {figures['seconds']:.0f} s"
-        )
+        scored = f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; valid {valid['accuracy']:.3f}"
+        machine.print(f"{title}: {scored}, NLL {valid['nll']:.3f}{best}; {seconds:.0f} s")
     machine.print(f"best classifier: {run.best_path}")
     skip = " --skip_bad_images" if args.skip_bad_images else ""
     machine.print(f"next: python main.py --task=test --save_dir {quote(str(args.save_dir))}{skip}")
@@ -342,9 +329,7 @@ def measure(policy: str, probabilities: Tensor, location: Tensor, boxes: Tensor,
     return figures
 
 
-def stopping(
-    probabilities: Tensor, labels: Tensor, thresholds: list[float], costs: list[int]
-) -> list[dict[str, float]]:
+def stopping(probabilities: Tensor, labels: Tensor, thresholds: list[float], costs: list[int]) -> list[dict[str, Any]]:
     """Accuracy against mean multiply-adds if each image stops at its first prediction surer than a threshold.
 
     probabilities: [N, T, C], of one trajectory; labels: [N]; costs: multiply-adds up to each of the T predictions.
@@ -389,11 +374,9 @@ def test(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
     """Score the best classifier on the test list, and write figures and predictions under --save_dir."""
     images, n_seen = dataset.read_test_list(args, machine, checkpoint, args.save_dir / FILES[0])
     refuse_oracle_without_boxes(args, images)
-    n_images, names, policy = len(images.files), images.class_names, args.policy
-    machine.print(
-        f"{n_images:,} test images of {args.data_dir}, classifier of epoch {checkpoint['epoch'] + 1}; "
-        f"boxes for {sum(map(bool, images.annotations)):,} of {n_images:,} images; {images.split_rule}"
-    )
+    n_images, names, policy, epoch = len(images.files), images.class_names, args.policy, checkpoint["epoch"] + 1
+    known = f"boxes for {sum(map(bool, images.annotations)):,} of {n_images:,} images; {images.split_rule}"
+    machine.print(f"{n_images:,} test images of {args.data_dir}, classifier of epoch {epoch}; {known}")
     model = Classifier(args, machine, checkpoint).model
     loader = dataset.make_loader(images, args, machine, model.glimpse.canvas_size)
     noise = evaluation_noise(policy, n_images, args.n_trajectories, args.n_glimpses, args.seed)
@@ -406,15 +389,13 @@ def test(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
         table_path, figures_path = args.save_dir / f"predictions_{name}.csv", args.save_dir / f"results_{name}.json"
         utils.write_table(table_path, prediction_rows(args, images, probabilities, location))
         sizes = {name: args.n_trajectories if name.startswith("average") else 1 for name in figures[f"policy {policy}"]}
-        more = {"images": n_images, "images_seen_in_training": n_seen, "epoch": checkpoint["epoch"] + 1}
+        more = {"images": n_images, "images_seen_in_training": n_seen, "epoch": epoch}
         costs = {n: multiply_adds(args, about, len(names), n) for n in {1, *sizes.values()}}
         more["multiply_adds"] = {name: costs[n][-1] for name, n in sizes.items()}
         more["stopping"] = stopping(probabilities[:, 0], labels, checkpoint.get("thresholds", []), costs[1])
         for point in more["stopping"]:
-            right = utils.describe_accuracy(point["accuracy"], n_images)
-            machine.print(
-                f"--stop_at {point['stop_at']:.3f}: {right}  {point['multiply_adds'] / 1e9:.2f}e9 multiply-adds"
-            )
+            right, cost = utils.describe_accuracy(point["accuracy"], n_images), point["multiply_adds"] / 1e9
+            machine.print(f"--stop_at {point['stop_at']:.3f}: {right}  {cost:.2f}e9 multiply-adds")
         more["backbone"] = {name: about[name] for name in ("arch", "patch_size", "file", "sha256")}
         utils.write_results(figures_path, args, machine, figures, **more)
         machine.print(f"figures: {figures_path}, predictions: {table_path}")
@@ -430,8 +411,7 @@ class Prediction(NamedTuple):
     estimate: str  # its name: "average of n" over the sampled trajectories where the policy has any, and does not stop
     location: Tensor  # [T, 2], centres of the drawn trajectory's glimpses: (x, y) in (-1, 1), x to the right, y down
     attention: Tensor | None  # [T, c c], over the cells of the context, row by row; of policy "learned" only
-    drawn: Tensor  # [T, C], after each glimpse of the deterministic trajectory (of policy "random", of a sampled one);
-    # [T + 1, C] if the context is classified: after the glance at it, then after each glimpse
+    drawn: Tensor  # [T, C], or T + 1 with a glance, of the drawn trajectory: deterministic or, if "random", sampled
     canvas: Tensor  # uint8 [3, S, S], the central square of the image
     boxes: Tensor  # [n, 4], of annotated dogs, as fractions of the canvas side
 

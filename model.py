@@ -40,10 +40,7 @@ class Backbone(nn.Sequential):
 
 
 def build_backbone(arch: str) -> Backbone:
-    """A torchvision ResNet without pooling and classifier, with a 5x5 stride-1 stem and random weights.
-
-    The state-dict keys ("0.weight", "4.0.conv1.weight", ...) are those of the 2018 `pt_glimpse_model.tar`.
-    """
+    """A random torchvision ResNet with a 5x5 stride-1 stem, without pooling and classifier; its keys are as in 2018."""
     resnet = torchvision.models.get_model(arch, weights=None)
     resnet.conv1 = nn.Conv2d(3, 64, kernel_size=5, stride=1, padding=2, bias=False)
     nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")  # as in torchvision
