@@ -120,9 +120,8 @@ def choose_font(size: int, *texts: str) -> tuple[ImageFont.FreeTypeFont, list[st
 
 def to_image(pixels: Tensor, side: int) -> Image.Image:
     """Convert uint8 [3, S, S] to a PIL image of the given side; at integer factors each pixel becomes a square."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
     resample = Image.Resampling.NEAREST if side % pixels.shape[-1] == 0 else Image.Resampling.LANCZOS
-    return image.resize((side, side), resample)
+    return to_pil_image(pixels).resize((side, side), resample)
 
 
 def draw_boxes(image: Image.Image, boxes: Tensor) -> Image.Image:

@@ -48,10 +48,7 @@ def make_parser() -> utils.Parser:
 
 
 def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> dict[str, Any]:
-    """Load ImageNet weights (torchvision's version 1, as in 2018) or those of a file. Raises UserError.
-
-    Returns the file's content if this script wrote it, else {}.
-    """
+    """Load ImageNet weights (torchvision's version 1, as in 2018) or a file; return its content if ours, else {}."""
     if weights == "none":
         return {}
     if weights == "imagenet":
@@ -118,10 +115,7 @@ def evaluate(net: nn.Module, loader: DataLoader, machine: Machine, title: str) -
 
 
 def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> None:
-    """Fine-tune the backbone and keep it at its best, the epoch with the lowest mean error of the heads on validation.
-
-    All heads count, since one on a few hundred images says little; NLL would also measure how well they are calibrated.
-    """
+    """Fine-tune the backbone and keep it at its best, the epoch with the lowest mean validation error of the heads."""
     run = utils.Run(args, machine, FILES, last)
     train_list, valid_list, data = dataset.read_training_data(args, machine, last)
     size = canvas_size(args.patch_size, STARTS[0])
@@ -148,6 +142,7 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
         valid = evaluate(net, valid_loader, machine, "validation")
         seconds = time.perf_counter() - start
         figures = {"train": means, "valid": valid, "lr": lr, "seconds": seconds}
+        # All heads count, since one on a few hundred images says little; NLL would also measure their calibration.
         error = 1 - statistics.fmean(valid[f"accuracy_{name}"] for name in HEADS)
         error = round(error, 6)  # or equal means could differ in their last bit
         best = " (best)" if run.save(epoch, error, model, optimizer, **figures) else ""

@@ -140,9 +140,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_flags(parser: Parser, argv: list[str] | None, files: tuple, network: tuple) -> tuple[Namespace, dict | None]:
-    """The flags, and the checkpoint that they refer to: the last one to resume from, the best one to use, or None.
+    """The flags: those given, else stored, else defaults; and the checkpoint to resume from or to use, or None.
 
-    A flag is the one given, else the one stored, else the default. files: names of the best and the last checkpoint.
     network: flags that must agree with what is stored; when training is resumed all must, except `MAY_CHANGE`.
     """
     args = parser.parse_args(argv)
@@ -308,10 +307,9 @@ class Meter(tqdm):
 
 @torch.no_grad()
 def collect(predict: Callable[..., tuple], loader: DataLoader, machine: Machine, title: str) -> list[Tensor]:
-    """Predictions for all images of a list and, last, their boxes [N, n, 4], on the CPU and in the list's order.
+    """One finite prediction for each image of a list, and boxes [N, n, 4], on the CPU, in its order. Raises UserError.
 
     predict: canvases uint8 [B, 3, S, S] on the device, boxes [B, n, 4], indices in the list [B] -> tensors [B, ...].
-    Raises UserError unless each image was predicted exactly once, in finite numbers.
     """
     batches = []
     with Meter(title, loader, machine) as meter:
