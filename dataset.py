@@ -195,8 +195,7 @@ def read_official_list(images: Path, lists: Path, part: str) -> ImageList:
 def find_annotations(images: ImageList, folders: dict[str, Path], others: Iterable[Path] = ()) -> ImageList:
     """The images with the annotation, PASCAL VOC XML, of each, or None. Raises UserError for ambiguous ones.
 
-    They are files <folder>/<class>/<image name> or, for all parts together, <class>/<image name>, in any case, with or
-    without ".xml", below Annotation/ among the folders of the data. others: folders of the other parts.
+    They are [<folder>/]<class>/<image name>[.xml] in any case below Annotation/. others: folders of the other parts.
     """
     boxes = [folders[name] for name in ("annotation", "annotations") if name in folders]
     if not boxes:
@@ -289,10 +288,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_boxes(path: Path, size: tuple[int, int], orientation: int) -> Tensor:
-    """Boxes of the dogs [n, 4]: left, top, right, bottom in fractions of the upright image's sides. Raises UserError.
-
-    path: PASCAL VOC XML of the image as stored. size: its width and height, if that lacks them. orientation: EXIF's.
-    """
+    """Boxes [n, 4] of PASCAL VOC XML, in fractions of the upright image; size: of the stored one. Raises UserError."""
     try:
         root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
         scale = [float(root.findtext(f"size/{name}", value)) for name, value in zip(("width", "height"), size)]
@@ -311,10 +307,7 @@ def read_boxes(path: Path, size: tuple[int, int], orientation: int) -> Tensor:
 
 
 def read_image(path: str | Path, size: int, annotation: Path | None = None) -> tuple[Image.Image, Tensor]:
-    """Any image as upright 8-bit RGB, on white, and its boxes [n, 4] in fractions of its sides. Raises UserError.
-
-    size: side of the canvas it is for. A JPEG is decoded at a half, a quarter or an eighth, but no smaller than that.
-    """
+    """An image as upright RGB on white, a JPEG perhaps reduced to `size`, and its boxes [n, 4]. Raises UserError."""
     Image.MAX_IMAGE_PIXELS = LARGEST_IMAGE
     try:
         if str(path).lower().endswith((".heic", ".heif")):
@@ -363,8 +356,8 @@ def crop_to_canvas(
 ) -> tuple[Tensor, Tensor]:
     """The crop of `choose_crop`, resized once: uint8 [3, size, size], and its boxes [N_BOXES, 4].
 
-    boxes: [n, 4] in fractions of the image's sides; those returned are in fractions of the canvas side, clipped at its
-    border, the largest first, filled up with NaN. Augmentation happens here only, so that all glimpses agree with them.
+    boxes: [n, 4] in fractions of the image's sides, to be returned in those of the canvas, clipped, the largest first,
+    filled up with NaN. Augmentation happens here only, so that all glimpses agree with them.
     """
     left, top, side, flipped = choose_crop(*image.size, draw)
     square = pil_to_tensor(image.crop((left, top, left + side, top + side)))
@@ -425,6 +418,8 @@ def make_loader(
     rank, world_size, n_images = machine.rank, machine.world_size, len(images.files)
     if args.batch_size % world_size or n_images < world_size:
         raise UserError(f"--batch_size {args.batch_size} or {n_images} images cannot feed {world_size} processes alike")
+    if "policy" in args and args.policy == "oracle" and not any(images.annotations):
+        raise UserError(f"--policy oracle looks at annotated dogs: there are none in {args.data_dir}/Annotation")
     sampler = TrainSampler(n_images, args.seed, args.smallest_crop, rank=rank, world_size=world_size)
     order = sampler if trains else range(rank, n_images, world_size)
     return DataLoader(
@@ -522,10 +517,7 @@ def refuse_seen_images(images: ImageList, seen: set[int], path: Path, use: str) 
 
 
 def read_test_list(args: Namespace, machine: Machine, checkpoint: dict[str, Any], path: Path) -> tuple[ImageList, int]:
-    """The images to test a checkpoint's network on, with its labels, and how many of them it or its backbone has seen.
-
-    Of data without a split, all images are for testing if it has seen none. Raises UserError if it has seen too many.
-    """
+    """The images to test a checkpoint on, and how many it or its backbone has seen. Raises UserError for too many."""
     parts, names = ("training", "validation"), checkpoint["data"]["class_names"]
     seen = seen_by(checkpoint["data"], parts) | seen_by(checkpoint.get("backbone", {}).get("data", {}), parts)
     images = read_list(args.data_dir, "all")

@@ -135,10 +135,7 @@ def evaluate(net: nn.Module, data: DataLoader, noise: Tensor, policy: str, machi
 
 
 def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy, its mean over classes, top-5 accuracy and NLL, each a mean over the M trajectories.
-
-    probabilities: [N, M, C]; labels: [N].
-    """
+    """Accuracy, its mean over classes, top-5 accuracy and NLL of probabilities [N, M, C], means over M; labels: [N]."""
     correct = (probabilities.argmax(-1) == labels.unsqueeze(1)).double()  # [N, M]
     best = probabilities.topk(min(5, probabilities.shape[-1])).indices  # [N, M, 5]
     of_truth = probabilities[torch.arange(len(labels)), :, labels].double()  # [N, M]
@@ -152,10 +149,7 @@ def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def gaze(location: Tensor, boxes: Tensor) -> dict[str, float]:
-    """How well glimpses at location [N, M, 2] look at dogs in boxes [N, n, 4]: means over images with a box, if any.
-
-    hit_rate: how often the centre of a glimpse lies in a box. distance_to_dog: to the nearest box's centre, in sides.
-    """
+    """How often location [N, M, 2] hits a box [N, n, 4], how far the nearest center is, in sides; {} without boxes."""
     known = boxes[:, 0].isfinite().all(-1)
     if not known.any():
         return {}
@@ -196,7 +190,7 @@ def stopping_thresholds(probabilities: Tensor) -> list[float]:
 
 
 def read_backbone(args: Namespace, valid_list: ImageList) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights of the pre-trained backbone, and what checkpoints store about it. Refuses one that saw valid_list."""
+    """Weights of the pre-trained backbone, and what checkpoints store of it. Raises UserError if it saw valid_list."""
     path = Path(args.backbone) if args.backbone else args.save_dir / pretrain.FILES[0]
     content = utils.load_checkpoint(path, "make it with `python pretrain.py`, or see --backbone", "model_dict")
     if "backbone" in content or ("settings" in content and "versions" not in content):
@@ -220,29 +214,23 @@ def build_model(args: Namespace, about: dict[str, Any], n_classes: int, weights:
         raise UserError(str(error)) from None
 
 
-def refuse_oracle_without_boxes(args: Namespace, *lists: ImageList) -> None:
-    """Raise UserError if policy "oracle" would find no annotated dog in a list."""
-    if args.policy == "oracle" and not all(any(images.annotations) for images in lists):
-        raise UserError(f"--policy oracle looks at annotated dogs: there are none in {args.data_dir}/Annotation")
-
-
 def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> None:
     """Train on a frozen backbone and keep the classifier at its best, the epoch with the lowest NLL on validation."""
     run = utils.Run(args, machine, FILES, last)
     train_list, valid_list, data = dataset.read_training_data(args, machine, last)
-    refuse_oracle_without_boxes(args, train_list, valid_list)
     weights, about = (None, last["backbone"]) if last else read_backbone(args, valid_list)
     if dataset.seen_by(about["data"], ("training",)) != dataset.seen_by(data, ("training",)):
         machine.print(f"note: the backbone in {about['file']} was trained on other images than those to train on now")
     torch.manual_seed(args.seed)
     model = build_model(args, about, len(train_list.class_names), weights)
+    size = model.glimpse.canvas_size
+    train_loader = dataset.make_loader(train_list, args, machine, size, trains=True)
+    valid_loader = dataset.make_loader(valid_list, args, machine, size)
     model.to(machine.device, memory_format=torch.channels_last)
     optimizer = utils.make_optimizer(*model.parameter_groups())
     run.start(model, optimizer, {"model_dict": model}, data=data, backbone=about)
     model.glimpse.speed_up(machine.dtype, compiles=machine.compiles)
-    net, size = utils.wrap(model, machine), model.glimpse.canvas_size
-    train_loader = dataset.make_loader(train_list, args, machine, size, trains=True)
-    valid_loader = dataset.make_loader(valid_list, args, machine, size)
+    net = utils.wrap(model, machine)
     valid_noise = evaluation_noise(args.policy, len(valid_list.files), 1, args.n_glimpses, args.seed)[:, :1]
     utils.print_opening(args, machine, model, dataset.describe(train_list, valid_list))
     for epoch in run.epochs:
@@ -292,10 +280,7 @@ def prediction_row(probabilities: Tensor, class_names: list[str], location: Tens
 
 
 def prediction_rows(args: Namespace, images: ImageList, probabilities: Tensor, location: Tensor) -> list[dict]:
-    """A row per image and estimate: the deterministic one, the average, then the former after each earlier glimpse.
-
-    probabilities: [N, M, T, C], or T + 1 with a glance; location: [N, M, T, 2].
-    """
+    """A row per image for the deterministic estimate, the average, and the former after each earlier glimpse."""
     rows, names, earlier = [], images.class_names, by_glimpse(probabilities, location)
     after = estimates(earlier.pop(location.shape[2]), args.policy)
     after.pop("sampled trajectory", None)
@@ -373,7 +358,6 @@ def multiply_adds(args: Namespace, about: dict[str, Any], n_classes: int, n_traj
 def test(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
     """Score the best classifier on the test list, and write figures and predictions under --save_dir."""
     images, n_seen = dataset.read_test_list(args, machine, checkpoint, args.save_dir / FILES[0])
-    refuse_oracle_without_boxes(args, images)
     n_images, names, policy, epoch = len(images.files), images.class_names, args.policy, checkpoint["epoch"] + 1
     known = f"boxes for {sum(map(bool, images.annotations)):,} of {n_images:,} images; {images.split_rule}"
     machine.print(f"{n_images:,} test images of {args.data_dir}, classifier of epoch {epoch}; {known}")
@@ -433,10 +417,7 @@ class Classifier:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image | str | Path, annotation: Path | None = None) -> Prediction:
-        """Classify a PIL image, which is left as it is, or a file, of any size. Raises UserError, as for a broken file.
-
-        A large JPEG file is decoded at a smaller size: its prediction differs slightly from that of an opened image.
-        """
+        """Classify a PIL image or a file. A large JPEG file is decoded smaller: its prediction differs slightly."""
         policy, device, size = self.args.policy, self.machine.device, self.model.glimpse.canvas_size
         if policy == "oracle" and annotation is None:
             raise UserError("--policy oracle looks at annotated dogs: choose another to classify other images")
