@@ -486,18 +486,16 @@ def read_training_data(args: Namespace, machine: Machine, last: dict | None) -> 
         machine.print(f"note: --task=test will fail: {error}")
     train, valid, _ = check_images(args, machine, train, valid, test)  # bad test images, too, before hours of training
     data = {"class_names": train.class_names}
-    stored = last["data"] if last else data
+    stored, run = last["data"] if last else data, f"the run in {args.save_dir}"
     if data["class_names"] != stored["class_names"]:
-        raise UserError(f"the run in {args.save_dir} was trained on other classes: see --data_dir")
+        raise UserError(f"{run} was trained on other classes: see --data_dir")
     for part, images in (("training", train), ("validation", valid)):
         files = [os.path.relpath(file, args.data_dir) for file in images.files]
         data[part] = {"files": files, "fingerprints": images.fingerprints, "labels": images.labels}
         then, now = (dict(zip(zip(x["fingerprints"], x["labels"]), x["files"])) for x in (stored[part], data[part]))
         if changed := [file for key, file in (then | now).items() if (key in then) != (key in now)]:
             what = f"other images ({len(changed)} {part} images are missing or new, first {changed[0]})"
-            raise UserError(
-                f"the run in {args.save_dir} was trained on {what}: undo that, or train anew with --overwrite"
-            )
+            raise UserError(f"{run} was trained on {what}: undo that, or train anew with --overwrite")
     refuse_seen_images(valid, seen_by(data, ("training",)), args.data_dir, "validation")
     return train, valid, data
 
