@@ -195,8 +195,8 @@ def read_official_list(images: Path, lists: Path, part: str) -> ImageList:
 def find_annotations(images: ImageList, folders: dict[str, Path], others: Iterable[Path] = ()) -> ImageList:
     """The images with the annotation, PASCAL VOC XML, of each, or None. Raises UserError for ambiguous ones.
 
-    They are files <folder>/<class>/<image name> or, for all parts together, <class>/<image name>, in any case, with or
-    without ".xml", below Annotation/ among the folders of the data. others: folders of the other parts.
+    They are files [<folder>/]<class>/<image name>[.xml], in any case, below Annotation/ among the folders of the data;
+    <folder> is that of the part. others: folders of the other parts.
     """
     boxes = [folders[name] for name in ("annotation", "annotations") if name in folders]
     if not boxes:
@@ -425,6 +425,8 @@ def make_loader(
     rank, world_size, n_images = machine.rank, machine.world_size, len(images.files)
     if args.batch_size % world_size or n_images < world_size:
         raise UserError(f"--batch_size {args.batch_size} or {n_images} images cannot feed {world_size} processes alike")
+    if "policy" in args and args.policy == "oracle" and not any(images.annotations):
+        raise UserError(f"--policy oracle looks at annotated dogs: there are none in {args.data_dir}/Annotation")
     sampler = TrainSampler(n_images, args.seed, args.smallest_crop, rank=rank, world_size=world_size)
     order = sampler if trains else range(rank, n_images, world_size)
     return DataLoader(
@@ -481,8 +483,11 @@ def describe(train: ImageList, valid: ImageList) -> str:
     return f"{sizes} of {len(train.class_names)} classes: {', '.join(names)}; {train.split_rule}"
 
 
-def read_training_data(args: Namespace, machine: Machine) -> tuple[ImageList, ImageList, dict[str, Any]]:
-    """The training and the validation images, and what checkpoints store about them. Raises UserError."""
+def read_training_data(args: Namespace, machine: Machine, last: dict | None = None) -> tuple[ImageList, ImageList, Any]:
+    """The training and the validation images, and what checkpoints store about them.
+
+    last: the checkpoint to resume from, or None. Raises UserError, also if its classes or images were others.
+    """
     train, valid = read_training_lists(args.data_dir, args.valid_size)
     try:
         test = read_list(args.data_dir, "test")
@@ -490,10 +495,17 @@ def read_training_data(args: Namespace, machine: Machine) -> tuple[ImageList, Im
         test = ImageList()
         machine.print(f"note: --task=test will fail: {error}")
     train, valid, _ = check_images(args, machine, train, valid, test)  # bad test images, too, before hours of training
-    data: dict[str, Any] = {"class_names": train.class_names}
+    data = {"class_names": train.class_names}
+    stored, run = last["data"] if last else data, f"the run in {args.save_dir}"
+    if data["class_names"] != stored["class_names"]:
+        raise UserError(f"{run} was trained on other classes: see --data_dir")
     for part, images in (("training", train), ("validation", valid)):
         files = [os.path.relpath(file, args.data_dir) for file in images.files]
         data[part] = {"files": files, "fingerprints": images.fingerprints, "labels": images.labels}
+        then, now = (dict(zip(zip(x["fingerprints"], x["labels"]), x["files"])) for x in (stored[part], data[part]))
+        if changed := [file for key, file in (then | now).items() if (key in then) != (key in now)]:
+            what = f"other images ({len(changed)} {part} images are missing or new, first {changed[0]})"
+            raise UserError(f"{run} was trained on {what}: undo that, or train anew with --overwrite")
     refuse_seen_images(valid, seen_by(data, ("training",)), args.data_dir, "validation")
     return train, valid, data
 
@@ -510,17 +522,6 @@ def refuse_seen_images(images: ImageList, seen: set[int], path: Path, use: str) 
         words = f"{len(found)} of the {len(images.files)} {use} images were used in training {path}, first {found[0]}"
         raise UserError(f"{words}: see --data_dir and --valid_size")
     return len(found)
-
-
-def refuse_other_data(stored: dict[str, Any], data: dict[str, Any], path: Path) -> None:
-    """Raise UserError if training would go on with other classes, other images or another split."""
-    if data["class_names"] != stored["class_names"]:
-        raise UserError(f"{path} was trained on other classes: see --data_dir")
-    for part in ("training", "validation"):
-        then, now = (dict(zip(zip(x["fingerprints"], x["labels"]), x["files"])) for x in (stored[part], data[part]))
-        if changed := [file for key, file in (then | now).items() if (key in then) != (key in now)]:
-            what = f"{len(changed)} {part} images are missing or new, first {changed[0]}"
-            raise UserError(f"{path} was trained on other images ({what}): undo that, or train anew with --overwrite")
 
 
 def read_test_list(args: Namespace, machine: Machine, checkpoint: dict[str, Any], path: Path) -> tuple[ImageList, int]:

@@ -25,13 +25,11 @@ SYSTEM_FONTS = (  # of Linux, macOS and Windows, for class names in any language
     *("Arial Unicode.ttf", "PingFang.ttc", "arial.ttf", "msyh.ttc", "malgun.ttf"),
 )
 GLIMPSE_COLORS = ("red", "blue", "green", "#c85a00", "purple", "darkcyan")  # dark enough for text on white
+GAP, LINE = 8, 22  # of a panel, in pixels: between its parts, and the height of a line of text
 
 
 def patch_scales(k: int, start_size: int) -> tuple[int, ...]:
-    """Scales of the k concentric patches of a glimpse, finest first: start_size * 2^i for i < k.
-
-    Raises ValueError unless start_size is 1, 2 or 4 and the coarsest patch is no larger than the image.
-    """
+    """Scales of the k concentric patches, finest first: start_size * 2^i. Raises ValueError if one is not 1, 2 or 4."""
     if k < 1 or start_size not in STARTS or start_size * 2 ** (k - 1) > FULL_SCALE:
         valid = "(1, 1), (2, 1), (3, 1), (1, 2), (2, 2) or (1, 4)"
         raise ValueError(f"k {k} with start_size {start_size} is not valid: (k, start_size) must be {valid}")
@@ -122,9 +120,8 @@ def choose_font(size: int, *texts: str) -> tuple[ImageFont.FreeTypeFont, list[st
 
 def to_image(pixels: Tensor, side: int) -> Image.Image:
     """Convert uint8 [3, S, S] to a PIL image of the given side; at integer factors each pixel becomes a square."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
     resample = Image.Resampling.NEAREST if side % pixels.shape[-1] == 0 else Image.Resampling.LANCZOS
-    return image.resize((side, side), resample)
+    return to_pil_image(pixels).resize((side, side), resample)
 
 
 def draw_boxes(image: Image.Image, boxes: Tensor) -> Image.Image:
@@ -142,33 +139,39 @@ def draw_boxes(image: Image.Image, boxes: Tensor) -> Image.Image:
 
 def draw_dogs(image: Image.Image, boxes: Tensor) -> Image.Image:
     """Copy a square image and outline the annotated boxes [n, 4] of dogs, thin and dashed, unlike those of glimpses."""
+    outlines, places = Image.new("1", image.size), torch.arange(image.width)
+    for box in (boxes * (image.width - 1)).round().int().tolist():
+        ImageDraw.Draw(outlines).rectangle(box, outline=1)
+    stripes = (places + places.unsqueeze(1)) // 5 % 2 * 255  # black and white, diagonal: dashes along every side
     image = image.copy()
-    draw, dash = ImageDraw.Draw(image), 5
-    for left, top, right, bottom in (boxes * (image.width - 1)).round().int().tolist():
-        draw.rectangle((left, top, right, bottom), outline="black")
-        for x in range(left, right, 2 * dash):
-            draw.line([(x, top), (min(x + dash, right), top)], "white")
-            draw.line([(x, bottom), (min(x + dash, right), bottom)], "white")
-        for y in range(top, bottom, 2 * dash):
-            draw.line([(left, y), (left, min(y + dash, bottom))], "white")
-            draw.line([(right, y), (right, min(y + dash, bottom))], "white")
+    image.paste(to_pil_image(stripes.byte()), mask=outlines)
     return image
 
 
 def draw_attention(context: Image.Image, attention: Tensor) -> Image.Image:
     """Copy the context and darken each of its c x c cells the less attention, of [c c], it gets; number quadrants."""
     side = math.isqrt(len(attention))
-    image, edges = context.copy(), [round(i * context.width / side) for i in range(side + 1)]
+    brightness = (0.3 + 0.7 * attention / attention.max()).view(1, 1, side, side)
+    pixels = pil_to_tensor(context) * F.interpolate(brightness, context.width, mode="nearest-exact")[0]
+    image = to_pil_image(pixels.round().byte())
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
-    for i, weight in enumerate(attention.tolist()):
-        row, column = divmod(i, side)
-        box = edges[column], edges[row], edges[column + 1], edges[row + 1]
-        brightness = 0.3 + 0.7 * weight / attention.max().item()
-        image.paste(context.crop(box).point([round(value * brightness) for value in range(256)] * 3), box[:2])
-        if side == 2:
-            center = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-            draw.text(center, f"{weight:.2f}", "white", font, "mm", stroke_width=1, stroke_fill="black")
+    for i, weight in enumerate(attention.tolist() if side == 2 else []):
+        center = (i % 2 + 0.5) * image.width / 2, (i // 2 + 0.5) * image.width / 2
+        draw.text(center, f"{weight:.2f}", "white", font, "mm", stroke_width=1, stroke_fill="black")
     return image
+
+
+def draw_row(tiles: dict[str, Image.Image], prediction: str, color: str, font: ImageFont.FreeTypeFont) -> Image.Image:
+    """Draw pictures of one size in a row, each below its title, the first in black, and a prediction below them."""
+    side = max(tile.width for tile in tiles.values())
+    width = max(len(tiles) * (side + GAP), round(font.getlength(prediction)) + GAP)
+    row = Image.new("RGB", (width, LINE + side + LINE + GAP), "white")
+    draw = ImageDraw.Draw(row)
+    for i, (title, tile) in enumerate(tiles.items()):
+        draw.text((i * (side + GAP), 0), title, color if i else "black", font)
+        row.paste(tile, (i * (side + GAP), LINE))
+    draw.text((0, LINE + side + GAP / 2), prediction, color, font)
+    return row
 
 
 def draw_panel(
@@ -183,45 +186,34 @@ def draw_panel(
 ) -> Image.Image:
     """Draw a trajectory over one image: the canvas with its boxes, and for each glimpse the attention and the patches.
 
-    canvas: uint8 [3, S, S]; location: [T, 2]; attention: [T, c c], or None; caption: one or more lines; predictions: T
-    lines, what is predicted after each glimpse, or T + 1, the first for the context alone; dogs: annotated boxes
-    [n, 4], if any.
+    canvas: uint8 [3, S, S]; location: [T, 2]; attention: [T, c c], or None; caption: one or more lines; predictions: T,
+    one after each glimpse, or T + 1, the first for the context alone; dogs: annotated boxes [n, 4], if any.
     """
-    pyramid = build_pyramid(canvas.unsqueeze(0), scales, patch_size)
+    pyramid, k = build_pyramid(canvas.unsqueeze(0), scales, patch_size), len(scales)
     context = extract_patches(pyramid, torch.zeros(1, 1, 2), (FULL_SCALE,), patch_size)[0, 0, 0]  # [3, P, P]
     patches = extract_patches(pyramid, location.unsqueeze(0), scales, patch_size)[0]  # [T, k, 3, P, P]
-    (n_glimpses, k), has_glance = patches.shape[:2], len(predictions) > len(location)
-    names = ["the context"] * has_glance + [f"glimpse {t + 1}" for t in range(n_glimpses)]
-    predictions = [f"after {name}: {prediction}" for name, prediction in zip(names, predictions)]
-
-    gap, line, tile = 8, 22, patch_size * max(1, round(192 / patch_size))  # an integer factor: pixels become squares
+    tile_side = patch_size * max(1, round(192 / patch_size))  # an integer factor: pixels become squares
     font, (caption, *predictions) = choose_font(14, caption, *predictions)
-    row = line + tile + line + gap
-    side = max(canvas.shape[-1], 2 * tile, len(predictions) * row - gap)
-    left, upper = gap + side + gap, line * (caption.count("\n") + 1) + gap  # of the tiles
-    ends = [gap + font.getlength(s) for s in caption.split("\n")] + [left + font.getlength(s) for s in predictions]
-    width = max(left + (k + 1) * (tile + gap), round(max(ends)) + gap)
-    panel = Image.new("RGB", (width, upper + side + gap), "white")
-    draw = ImageDraw.Draw(panel)
-    draw.text((gap, gap / 2), caption, "black", font)
+    image, rows = to_image((context * 255).round().byte(), tile_side), []
+    if len(predictions) > len(location):
+        rows.append(draw_row({"context": image}, f"after the context: {predictions.pop(0)}", "black", font))
+    for t, color, prediction in zip(range(len(location)), GLIMPSE_COLORS * len(location), predictions):
+        name = f"glimpse {t + 1}"
+        tiles = {"context": image} if attention is None else {f"attention {t + 1}": draw_attention(image, attention[t])}
+        for i, patch in enumerate((patches[t] * 255).round().byte(), start=1):
+            tiles[f"{name}, patch {i} of {k}" if k > 1 else name] = to_image(patch, tile_side)
+        rows.append(draw_row(tiles, f"after {name}: {prediction}", color, font))
+
+    side = max(canvas.shape[-1], 2 * tile_side, len(rows) * rows[0].height - GAP)
+    left, top = GAP + side + GAP, LINE * (caption.count("\n") + 1) + GAP  # of the rows
+    end = GAP + max(map(font.getlength, caption.split("\n")))
+    width = max(left + max(row.width for row in rows), round(end) + GAP)
+    panel = Image.new("RGB", (width, top + side + GAP), "white")
+    ImageDraw.Draw(panel).text((GAP, GAP / 2), caption, "black", font)
     with_dogs = draw_dogs(to_image(canvas, side), dogs)
-    panel.paste(draw_boxes(with_dogs, patch_boxes(location, scales, patch_size)), (gap, upper))
-    image, y = to_image((context * 255).round().byte(), tile), upper
-    if has_glance:
-        draw.text((left, y + line + tile + gap / 2), predictions.pop(0), "black", font)
-        draw.text((left, y), "context", "black", font)
-        panel.paste(image, (left, y + line))
-        y += row
-    for t, color, prediction in zip(range(n_glimpses), GLIMPSE_COLORS * n_glimpses, predictions):
-        x = left
-        draw.text((x, y + line + tile + gap / 2), prediction, color, font)
-        draw.text((x, y), "context" if attention is None else f"attention {t + 1}", "black", font)
-        panel.paste(image if attention is None else draw_attention(image, attention[t]), (x, y + line))
-        for i in range(k):
-            x += tile + gap
-            draw.text((x, y), f"glimpse {t + 1}" + (f", patch {i + 1} of {k}" if k > 1 else ""), color, font)
-            panel.paste(to_image((patches[t, i] * 255).round().byte(), tile), (x, y + line))
-        y += row
+    panel.paste(draw_boxes(with_dogs, patch_boxes(location, scales, patch_size)), (GAP, top))
+    for i, row in enumerate(rows):
+        panel.paste(row, (left, top + i * row.height))
     return panel
 
 
@@ -237,10 +229,7 @@ def shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
 def draw_contact_sheet(
     canvases: list[Tensor], boxes: list[Tensor], captions: list[str], correct: list[bool]
 ) -> Image.Image:
-    """Draw images, uint8 [3, S, S] each, with their boxes, [T, k, 4] each, above captions of one or two lines.
-
-    correct: whether each prediction is correct; the caption of a wrong one says so, in red.
-    """
+    """Draw images, uint8 [3, S, S], with boxes, [T, k, 4], above one or two lines of caption, in red if not correct."""
     side, tiles = 224, []
     font, captions = choose_font(12, *captions)
     for canvas, box, caption, is_correct in zip(canvases, boxes, captions, correct):

@@ -126,9 +126,7 @@ def evaluation_noise(policy: str, n_images: int, n_samples: int, n_glimpses: int
     return torch.cat([deterministic, samples], dim=1) if policy == "learned" else deterministic
 
 
-def evaluate(
-    net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, machine: Machine, title: str
-) -> list[Tensor]:
+def evaluate(net: nn.Module, data: DataLoader, noise: Tensor, policy: str, machine: Machine, part: str) -> list[Tensor]:
     """Probabilities [N, M, T, C], locations [N, M, T, 2] and boxes [N, n, 4] of a list, in order. Raises UserError.
 
     If the context is classified, there are T + 1 probabilities: those after the glance come first.
@@ -139,14 +137,11 @@ def evaluate(
         rollout = net(canvas, look_at(noise[index], boxes, policy).to(machine.device), policy)
         return rollout.logits.softmax(-1), rollout.location[:, :, -noise.shape[2] :]
 
-    return utils.collect(predict, loader, machine, title)
+    return utils.collect(predict, data, machine, part)
 
 
 def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy, its mean over classes, top-5 accuracy and NLL, each a mean over the M trajectories.
-
-    probabilities: [N, M, C]; labels: [N].
-    """
+    """Accuracy, its mean over classes, top-5 accuracy and NLL of probabilities [N, M, C], means over M; labels: [N]."""
     correct = (probabilities.argmax(-1) == labels.unsqueeze(1)).double()  # [N, M]
     best = probabilities.topk(min(5, probabilities.shape[-1])).indices  # [N, M, 5]
     of_truth = probabilities[torch.arange(len(labels)), :, labels].double()  # [N, M]
@@ -162,7 +157,7 @@ def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
 def gaze(location: Tensor, boxes: Tensor) -> dict[str, float]:
     """How well glimpses at location [N, M, 2] look at dogs in boxes [N, n, 4]: means over images with a box, if any.
 
-    hit_rate: how often the centre of a glimpse lies in a box. distance_to_dog: to the nearest box's centre, in sides.
+    hit_rate: how often the center of a glimpse lies in a box. distance_to_dog: to the nearest box's center, in sides.
     """
     known = boxes[:, 0].isfinite().all(-1)
     if not known.any():
@@ -180,15 +175,10 @@ def by_glimpse(probabilities: Tensor, location: Tensor) -> dict[int, Tensor]:
     return dict(zip(range(1 + T - probabilities.shape[2], T + 1), probabilities.unbind(2)))
 
 
-def validate(
-    net: nn.Module, loader: DataLoader, noise: Tensor, policy: str, machine: Machine
-) -> tuple[dict[str, float], list[float]]:
-    """Scores of one trajectory per image after the last glimpse, and its accuracy, NLL and gaze after each.
-
-    Returns also thresholds for `stopping`, of the predictions before the last one.
-    """
-    probabilities, location, boxes = evaluate(net, loader, noise, policy, machine, "validation")
-    labels, each = torch.tensor(loader.dataset.images.labels), {}
+def validate(net: nn.Module, data: DataLoader, noise: Tensor, policy: str, machine: Machine) -> tuple[dict, list]:
+    """Scores of one trajectory per image, with accuracy, NLL and gaze after each glimpse; thresholds for `stopping`."""
+    probabilities, location, boxes = evaluate(net, data, noise, policy, machine, "validation")
+    labels, each = torch.tensor(data.dataset.images.labels), {}
     for t, answers in by_glimpse(probabilities, location).items():
         after = scores(answers, labels)
         figures = {"accuracy": after["accuracy"], "nll": after["nll"]}
@@ -207,7 +197,7 @@ def stopping_thresholds(probabilities: Tensor) -> list[float]:
 
 
 def read_backbone(args: Namespace, valid_list: ImageList) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights of the pre-trained backbone, and what checkpoints store about it.
+    """Weights of the pre-trained backbone, and what checkpoints store of it.
 
     Raises UserError for an unsuitable file, and if the backbone was trained on images of valid_list.
     """
@@ -234,31 +224,23 @@ def build_model(args: Namespace, about: dict[str, Any], n_classes: int, weights:
         raise UserError(str(error)) from None
 
 
-def refuse_oracle_without_boxes(args: Namespace, *lists: ImageList) -> None:
-    """Raise UserError if policy "oracle" would find no annotated dog in a list."""
-    if args.policy == "oracle" and not all(any(images.annotations) for images in lists):
-        raise UserError(f"--policy oracle looks at annotated dogs: there are none in {args.data_dir}/Annotation")
-
-
 def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> None:
     """Train on a frozen backbone and keep the classifier at its best, the epoch with the lowest NLL on validation."""
     run = utils.Run(args, machine, FILES, last)
-    train_list, valid_list, data = dataset.read_training_data(args, machine)
-    if last:
-        dataset.refuse_other_data(last["data"], data, run.last_path)
-    refuse_oracle_without_boxes(args, train_list, valid_list)
+    train_list, valid_list, data = dataset.read_training_data(args, machine, last)
     weights, about = (None, last["backbone"]) if last else read_backbone(args, valid_list)
     if dataset.seen_by(about["data"], ("training",)) != dataset.seen_by(data, ("training",)):
         machine.print(f"note: the backbone in {about['file']} was trained on other images than those to train on now")
     torch.manual_seed(args.seed)
     model = build_model(args, about, len(train_list.class_names), weights)
+    size = model.glimpse.canvas_size
+    train_loader = dataset.make_loader(train_list, args, machine, size, trains=True)
+    valid_loader = dataset.make_loader(valid_list, args, machine, size)
     model.to(machine.device, memory_format=torch.channels_last)
     optimizer = utils.make_optimizer(*model.parameter_groups())
     run.start(model, optimizer, {"model_dict": model}, data=data, backbone=about)
     model.glimpse.speed_up(machine.dtype, compiles=machine.compiles)
-    net, size = utils.wrap(model, machine), model.glimpse.canvas_size
-    train_loader = dataset.make_loader(train_list, args, machine, size, trains=True)
-    valid_loader = dataset.make_loader(valid_list, args, machine, size)
+    net = utils.wrap(model, machine)
     valid_noise = evaluation_noise(args.policy, len(valid_list.files), 1, args.n_glimpses, args.seed)[:, :1]
     utils.print_opening(args, machine, model, dataset.describe(train_list, valid_list))
     for epoch in run.epochs:
@@ -271,12 +253,11 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
         noise = training_noise(args, len(train_list.files), epoch, machine)
         means = train_one_epoch(net, train_loader, noise, args, optimizer, machine, title)
         valid, run.stored["thresholds"] = validate(net, valid_loader, valid_noise, args.policy, machine)
-        figures = {"train": means, "valid": valid, **rates, "seconds": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        figures = {"train": means, "valid": valid, **rates, "seconds": seconds}
         best = " (best)" if run.save(epoch, valid["nll"], model, optimizer, **figures) else ""
-        machine.print(
-            f"{title}: loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; valid "
-            f"{valid['accuracy']:.3f}, NLL {valid['nll']:.3f}{best}; {figures['seconds']:.0f} s"
-        )
+        scored = f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; valid {valid['accuracy']:.3f}"
+        machine.print(f"{title}: {scored}, NLL {valid['nll']:.3f}{best}; {seconds:.0f} s")
     machine.print(f"best classifier: {run.best_path}")
     skip = " --skip_bad_images" if args.skip_bad_images else ""
     machine.print(f"next: python main.py --task=test --save_dir {quote(str(args.save_dir))}{skip}")
@@ -347,9 +328,7 @@ def measure(policy: str, probabilities: Tensor, location: Tensor, boxes: Tensor,
     return figures
 
 
-def stopping(
-    probabilities: Tensor, labels: Tensor, thresholds: list[float], costs: list[int]
-) -> list[dict[str, float]]:
+def stopping(probabilities: Tensor, labels: Tensor, thresholds: list[float], costs: list[int]) -> list[dict[str, Any]]:
     """Accuracy against mean multiply-adds if each image stops at its first prediction surer than a threshold.
 
     probabilities: [N, T, C], of one trajectory; labels: [N]; costs: multiply-adds up to each of the T predictions.
@@ -393,12 +372,9 @@ def multiply_adds(args: Namespace, about: dict[str, Any], n_classes: int, n_traj
 def test(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
     """Score the best classifier on the test list, and write figures and predictions under --save_dir."""
     images, n_seen = dataset.read_test_list(args, machine, checkpoint, args.save_dir / FILES[0])
-    refuse_oracle_without_boxes(args, images)
-    n_images, names, policy = len(images.files), images.class_names, args.policy
-    machine.print(
-        f"{n_images:,} test images of {args.data_dir}, classifier of epoch {checkpoint['epoch'] + 1}; "
-        f"boxes for {sum(map(bool, images.annotations)):,} of {n_images:,} images; {images.split_rule}"
-    )
+    n_images, names, policy, epoch = len(images.files), images.class_names, args.policy, checkpoint["epoch"] + 1
+    known = f"boxes for {sum(map(bool, images.annotations)):,} of {n_images:,} images; {images.split_rule}"
+    machine.print(f"{n_images:,} test images of {args.data_dir}, classifier of epoch {epoch}; {known}")
     model = Classifier(args, machine, checkpoint).model
     loader = dataset.make_loader(images, args, machine, model.glimpse.canvas_size)
     noise = evaluation_noise(policy, n_images, args.n_trajectories, args.n_glimpses, args.seed)
@@ -411,15 +387,13 @@ def test(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
         table_path, figures_path = args.save_dir / f"predictions_{name}.csv", args.save_dir / f"results_{name}.json"
         utils.write_table(table_path, prediction_rows(args, images, probabilities, location))
         sizes = {name: args.n_trajectories if name.startswith("average") else 1 for name in figures[f"policy {policy}"]}
-        more = {"images": n_images, "images_seen_in_training": n_seen, "epoch": checkpoint["epoch"] + 1}
+        more = {"images": n_images, "images_seen_in_training": n_seen, "epoch": epoch}
         costs = {n: multiply_adds(args, about, len(names), n) for n in {1, *sizes.values()}}
         more["multiply_adds"] = {name: costs[n][-1] for name, n in sizes.items()}
         more["stopping"] = stopping(probabilities[:, 0], labels, checkpoint.get("thresholds", []), costs[1])
         for point in more["stopping"]:
-            right = utils.describe_accuracy(point["accuracy"], n_images)
-            machine.print(
-                f"--stop_at {point['stop_at']:.3f}: {right}  {point['multiply_adds'] / 1e9:.2f}e9 multiply-adds"
-            )
+            right, cost = utils.describe_accuracy(point["accuracy"], n_images), point["multiply_adds"] / 1e9
+            machine.print(f"--stop_at {point['stop_at']:.3f}: {right}  {cost:.2f}e9 multiply-adds")
         more["backbone"] = {name: about[name] for name in ("arch", "patch_size", "file", "sha256")}
         utils.write_results(figures_path, args, machine, figures, **more)
         machine.print(f"figures: {figures_path}, predictions: {table_path}")
@@ -435,8 +409,7 @@ class Prediction(NamedTuple):
     estimate: str  # its name: "average of n" over the sampled trajectories where the policy has any, and does not stop
     location: Tensor  # [T, 2], centres of the drawn trajectory's glimpses: (x, y) in (-1, 1), x to the right, y down
     attention: Tensor | None  # [T, c c], over the cells of the context, row by row; of policy "learned" only
-    drawn: Tensor  # [T, C], after each glimpse of the deterministic trajectory (of policy "random", of a sampled one);
-    # [T + 1, C] if the context is classified: after the glance at it, then after each glimpse
+    drawn: Tensor  # [T, C], or T + 1 with a glance, of the drawn trajectory: deterministic or, if "random", sampled
     canvas: Tensor  # uint8 [3, S, S], the central square of the image
     boxes: Tensor  # [n, 4], of annotated dogs, as fractions of the canvas side
 

@@ -127,10 +127,8 @@ class GlimpseNetwork(nn.Module):
         return self
 
     def speed_up(self, dtype: torch.dtype, *, compiles: bool) -> None:
-        """Compute the features in this type and, if wanted, compiled. To be called once, after weights are loaded.
-
-        Autocast alone would cast the frozen weights anew in every pass. The state dict keeps the float32 weights.
-        """
+        """Compute the features in this type and, if wanted, compiled. To be called once, after weights are loaded."""
+        # Autocast alone would cast the frozen weights anew in every pass. The state dict keeps the float32 weights.
         exact = {name: weight.cpu() for name, weight in self.backbone.state_dict().items()}
         self.backbone.to(dtype)
         self.backbone.register_state_dict_post_hook(
@@ -180,11 +178,8 @@ class LocationNetwork(nn.Module):
         self.score = nn.Linear(n_attention, 1, bias=False)
 
     def forward(self, context: Tensor, hidden: Tensor, step: int) -> Tensor:
-        """Context [B, D, c, c] and hidden state [B, M, H] before glimpse `step` (from 1) -> attention [B, M, c c].
-
-        Before the first glimpse no hidden state has seen a place, so a 1x1 convolution scores the context alone.
-        """
-        if step <= 1:
+        """Context [B, D, c, c] and hidden state [B, M, H] before glimpse `step` (from 1) -> attention [B, M, c c]."""
+        if step <= 1:  # no hidden state has seen a place, so that a 1x1 convolution scores the context alone
             score = self.first(context).flatten(1).unsqueeze(1).expand(-1, hidden.shape[1], -1)  # [B, M, c c]
         else:
             cells = self.from_context(context.flatten(2).transpose(1, 2))  # [B, c c, A]
@@ -194,10 +189,7 @@ class LocationNetwork(nn.Module):
 
 
 class BaselineNetwork(nn.Module):
-    """Expected reward, in [0, 1], before a glimpse location is sampled; it reduces the variance of REINFORCE.
-
-    The context distinguishes images while the hidden state is still zero; a sigmoid, unlike a ReLU, cannot die.
-    """
+    """Expected reward, in [0, 1], before a glimpse location is sampled; it reduces the variance of REINFORCE."""
 
     def __init__(self, *, n_features: int, rnn_hidden: int) -> None:
         super().__init__()
@@ -205,6 +197,7 @@ class BaselineNetwork(nn.Module):
 
     def forward(self, pooled: Tensor, hidden: Tensor) -> Tensor:
         """Context averaged over its cells [B, M, D] and hidden state [B, M, H] -> [B, M]."""
+        # The context distinguishes images while the hidden state is still zero; a sigmoid, unlike a ReLU, cannot die.
         return torch.sigmoid(self.linear(torch.cat([pooled, hidden], dim=-1)).squeeze(-1).float())
 
 

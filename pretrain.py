@@ -122,14 +122,9 @@ def evaluate(net: nn.Module, loader: DataLoader, machine: Machine, title: str) -
 
 
 def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> None:
-    """Fine-tune the backbone and keep it at its best, the epoch with the lowest mean error of the heads on validation.
-
-    All heads count, since one on a few hundred images says little; NLL would also measure how well they are calibrated.
-    """
+    """Fine-tune the backbone and keep it at its best, the epoch with the lowest mean validation error of the heads."""
     run = utils.Run(args, machine, FILES, last)
-    train_list, valid_list, data = dataset.read_training_data(args, machine)
-    if last:
-        dataset.refuse_other_data(last["data"], data, run.last_path)
+    train_list, valid_list, data = dataset.read_training_data(args, machine, last)
     size = canvas_size(args.patch_size, STARTS[0])
     # A ragged batch could hold a single image, too few for BatchNorm.
     train_loader = dataset.make_loader(train_list, args, machine, size, trains=True, drop_last=True)
@@ -154,6 +149,7 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
         valid = evaluate(net, valid_loader, machine, "validation")
         seconds = time.perf_counter() - start
         figures = {"train": means, "valid": valid, "lr": lr, "seconds": seconds}
+        # All heads count, since one on a few hundred images says little; NLL would also measure their calibration.
         error = 1 - statistics.fmean(valid[f"accuracy_{name}"] for name in HEADS)
         error = round(error, 6)  # or equal means could differ in their last bit
         best = " (best)" if run.save(epoch, error, model, optimizer, **figures) else ""

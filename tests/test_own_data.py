@@ -342,7 +342,10 @@ def test_resuming_with_other_images_is_refused(script: ModuleType, trained: Path
             first = images.files[0].relative_to(trained / "data")
             wanted = f"was trained on other images ({2 * n_changed} {part} images are missing or new, first {first}): "
             line = fails(script, argv)
-            assert line.startswith(f"error: {last} {wanted}") and "train anew with --overwrite" in line
+            assert (
+                line.startswith(f"error: the run in {trained / 'out'} {wanted}")
+                and "train anew with --overwrite" in line
+            )
             for file, content in whole.items():
                 file.write_bytes(content)
     draw_folder(trained / "data" / "train" / "dog" / "new", 1)
@@ -354,7 +357,7 @@ def test_resuming_with_other_images_is_refused(script: ModuleType, trained: Path
     first = lists["training"].files[0].relative_to(trained / "data")
     assert f"was trained on other images (1 training images are missing or new, first {first}): " in fails(script, argv)
     (trained / "data" / "train" / "cat").rename(trained / "data" / "train" / "cow")
-    assert f"{last} was trained on other classes" in fails(script, argv)
+    assert f"the run in {trained / 'out'} was trained on other classes" in fails(script, argv)
     assert {path: path.read_bytes() for path in before} == before
     (trained / "data" / "train" / "cow").rename(trained / "data" / "train" / "cat")
     (trained / "aside.jpg").rename(lists["training"].files[0])
