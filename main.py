@@ -50,8 +50,6 @@ def make_parser() -> utils.Parser:
     parser.add_shared_flags()
     training = parser.add_argument_group("training of the classifier").add_argument
     training("--backbone", default="", help="file of pretrain.py; if empty, the one in --save_dir%(default)s")
-    training("--first_attention_lr", type=utils.not_negative, default=0.0,
-             help="learning rate of the attention before glimpse 1; 0: that of --lr")  # fmt: skip
     training("--attention_lr", type=utils.positive, default=1e-4, help="learning rate of the attention after glimpse 1")
     training("--supervision", default="each", choices=SUPERVISIONS, help="train every prediction or only the last")
     network = parser.add_argument_group("network").add_argument
@@ -246,13 +244,12 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
     for epoch in run.epochs:
         start, title = time.perf_counter(), f"epoch {epoch + 1}/{args.epochs}"
         train_loader.sampler.epoch = epoch
-        rates = {"lr": args.lr, "first_attention_lr": args.first_attention_lr or args.lr}
-        rates["attention_lr"] = args.attention_lr
-        for group, (name, lr) in zip(optimizer.param_groups, rates.items()):
-            rates[name] = group["lr"] = utils.learning_rate(lr, args.lr_schedule, epoch, args.epochs)
+        for group, lr in zip(optimizer.param_groups, (args.lr, args.attention_lr)):
+            group["lr"] = utils.learning_rate(lr, args.lr_schedule, epoch, args.epochs)
         noise = training_noise(args, len(train_list.files), epoch, machine)
         means = train_one_epoch(net, train_loader, noise, args, optimizer, machine, title)
         valid, run.stored["thresholds"] = validate(net, valid_loader, valid_noise, args.policy, machine)
+        rates = {name: group["lr"] for name, group in zip(("lr", "attention_lr"), optimizer.param_groups)}
         seconds = time.perf_counter() - start
         figures = {"train": means, "valid": valid, **rates, "seconds": seconds}
         best = " (best)" if run.save(epoch, valid["nll"], model, optimizer, **figures) else ""

@@ -306,18 +306,15 @@ class RecurrentAttention(nn.Module):
                 break
         return Rollout(*(torch.stack(values, dim=2) for values in zip(*steps)))
 
-    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-        """Trainable parameters: of all but the attention, of the attention before the first glimpse, and after it.
+    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Two groups of trainable parameters: all others, and the attention after the first glimpse.
 
-        Each has its own learning rate. The score after the first glimpse sums 1024 tanh units, all of which one Adam
-        step can move in the same direction: at a rate that suits the rest, the softmax can saturate early, with the
-        location in a corner. The score before it is linear, and learns faster at a higher rate.
+        It has its own learning rate, because its score sums 1024 tanh units, all of which one Adam step can move in the
+        same direction. At a rate that suits the rest, the softmax can saturate early, with the location in a corner.
         """
-        first, later = [], []
-        for name, parameter in self.locate.named_parameters():
-            (first if name.startswith("first.") else later).append(parameter)
-        attention = {*map(id, first), *map(id, later)}
-        return [p for p in self.parameters() if p.requires_grad and id(p) not in attention], first, later
+        later = [parameter for name, parameter in self.locate.named_parameters() if not name.startswith("first.")]
+        later_ids = set(map(id, later))
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in later_ids], later
 
     def sample_location(self, attention: Tensor, noise: Tensor, policy: str, step: int) -> tuple[Tensor, Tensor]:
         """Attention [B, M, c c] and noise [B, M, 2] -> location [B, M, 2] and its log-probability [B, M]."""

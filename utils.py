@@ -72,8 +72,7 @@ def run(main: Callable[[], None]) -> None:
 # Flags that describe a command, not a run: checkpoints do not store them.
 OF_COMMAND = ("task", "save_dir", "imgs_dir", "images", "n_samples", "n_trajectories", "skip_bad_images")
 OF_COMMAND += ("resume_training", "overwrite", "tensorboard", "device", "gpus", "compile", "num_workers")
-MAY_CHANGE = ("data_dir", "epochs", "batch_size", "lr", "first_attention_lr", "attention_lr", "lr_schedule")
-MAY_CHANGE += ("precision",)  # when training is resumed
+MAY_CHANGE = ("data_dir", "epochs", "batch_size", "lr", "attention_lr", "lr_schedule", "precision")  # when resuming
 
 
 def number(kind: type, is_valid: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
@@ -91,7 +90,6 @@ def number(kind: type, is_valid: Callable[[Any], bool], wanted: str) -> Callable
 count = number(int, lambda n: 0 <= n < 2**32, "a whole number of at least 0")
 positive_count = number(int, lambda n: 0 < n < 2**32, "a whole number of at least 1")
 positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
-not_negative = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
 fraction = number(float, lambda x: 0 < x < 1, "a number above 0 and below 1")
 fraction_or_one = number(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
 boolean = number(lambda text: {"true": True, "false": False}[text.lower()], lambda _: True, "True or False")
