@@ -5,6 +5,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import finetune
 import numpy as np
 import probe
 import pytest
@@ -18,13 +19,14 @@ from dataset import read_image, read_list
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = README + (ROOT / "tests" / "RESULTS.md").read_text()
-SCRIPTS = {"pretrain.py": pretrain, "main.py": main, "tests/probe.py": probe}
-BY_HAND = ("tests/benchmark.py", "tests/toy_table.py", "tests/plot.py")
+SCRIPTS = {"pretrain.py": pretrain, "main.py": main, "tests/probe.py": probe, "tests/finetune.py": finetune}
+BY_HAND = ("tests/benchmark.py", "tests/toy_table.py", "tests/plot.py", "tests/controls.py")
 SHARED = ["--data_dir", "data/toy", "--save_dir", "saved", "--device", "cpu", "--num_workers", "0"]
 SHARED += ["--batch_size", "4", "--epochs", "1", "--valid_size", "0.5"]
 BACKBONE = ["--arch", ARCH, "--patch_size", "32", "--weights", "none"]
-SIZES = {"pretrain.py": SHARED, "main.py": [*SHARED, "--n_samples", "2"], "tests/probe.py": SHARED}
+SIZES = {**dict.fromkeys(SCRIPTS, SHARED), "main.py": [*SHARED, "--n_samples", "2"]}
 NETWORKS = {"pretrain.py": BACKBONE, "main.py": ["--rnn_hidden", "8", "--cells", "2"], "tests/probe.py": BACKBONE}
+NETWORKS["tests/finetune.py"] = ["--arch", ARCH, "--image_size", "32", "--weights", "none"]
 
 
 def blocks() -> list[str]:
