@@ -162,7 +162,7 @@ def draw_attention(context: Image.Image, attention: Tensor) -> Image.Image:
 
 
 def draw_row(tiles: dict[str, Image.Image], prediction: str, color: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """Draw pictures of one size in a row, each below its title, the first in black, and a prediction below them."""
+    """Draw images of one size in a row, each below its title, the first in black, and a prediction below them."""
     side = max(tile.width for tile in tiles.values())
     width = max(len(tiles) * (side + GAP), round(font.getlength(prediction)) + GAP)
     row = Image.new("RGB", (width, LINE + side + LINE + GAP), "white")

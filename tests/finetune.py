@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     net, optimizer = utils.wrap(model, machine), utils.make_optimizer(model.parameters())
     train_loader = make_loader(train, args, trains=True)
     valid_loader, test_loader = (make_loader(images, args, trains=False) for images in (valid, test))
-    best_nll = math.inf
+    best_nll, best = math.inf, model.state_dict()
     for epoch in range(args.epochs):
         optimizer.param_groups[0]["lr"] = utils.learning_rate(args.lr, args.lr_schedule, epoch, args.epochs)
         loss = train_one_epoch(net, train_loader, optimizer, machine)
