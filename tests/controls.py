@@ -9,7 +9,6 @@ paired, with their 95 % intervals; with annotations, also by thirds of the dog's
 center. Under --save_dir it writes predictions_learned_NAME.csv of each control.
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from plot import read_predictions
+from plot import paired, read_predictions
 from probe import write_predictions
 
 import dataset
@@ -33,7 +32,7 @@ def make_parser() -> utils.Parser:
     """The flags of main.py that a test takes, and --other."""
     parser = classifier.make_parser()
     parser.description = __doc__
-    parser.add_argument("--other", type=Path, help="predictions_<policy>.csv of another classifier, on the same images")
+    parser.add_argument("--other", type=Path, help="predictions_*.csv of another classifier on the same images")
     return parser
 
 
@@ -49,15 +48,11 @@ def places_of(own: Tensor, boxes: Tensor, seed: int) -> dict[str, Tensor]:
     }
 
 
-def paired(one: Tensor, other: Tensor) -> tuple[float, float]:
-    """The difference between two accuracies, given which answers are right, bool [N], and half its 95 % interval."""
-    difference = one.double() - other.double()
-    return difference.mean().item(), 1.96 * difference.std(correction=0).item() / math.sqrt(len(difference))
-
-
 def thirds(boxes: Tensor) -> dict[str, list[Tensor]]:
     """Indices of the images in each third by size (square root of the area) and by offset of the largest dog's box."""
     known = boxes[:, 0].isfinite().all(-1).nonzero().flatten()  # images with a box
+    if len(known) < 3:
+        return {}
     edges = boxes[known, 0]
     offset = ((edges[:, :2] + edges[:, 2:]) / 2 - 0.5).norm(dim=-1)
     values = {"dog's size": (edges[:, 2:] - edges[:, :2]).prod(-1).sqrt(), "dog's distance from the center": offset}
@@ -67,12 +62,12 @@ def thirds(boxes: Tensor) -> dict[str, list[Tensor]]:
 def compare(right: dict[str, Tensor], boxes: Tensor, machine: utils.Machine) -> None:
     """Print accuracies, and how far the own gaze is ahead of each control, in all images and in thirds of them."""
     for name, answers in right.items():
-        ahead, spread = paired(right[OWN], answers)
+        ahead, spread = paired(right[OWN].tolist(), answers.tolist())
         difference = "" if name == OWN else f"; the own gaze is ahead by {100 * ahead:.1f} ± {100 * spread:.1f} points"
         machine.print(f"{name:26}{answers.double().mean():6.1%} right{difference}")
     for measure, parts in thirds(boxes).items():
         for name in [name for name in right if name != OWN]:
-            by_third = [paired(right[OWN][part], right[name][part]) for part in parts]
+            by_third = [paired(right[OWN][part].tolist(), right[name][part].tolist()) for part in parts]
             shown = ", ".join(f"{100 * ahead:.1f} ± {100 * spread:.1f}" for ahead, spread in by_third)
             machine.print(f"ahead of {name} by {measure}, smallest third first: {shown}")
 
@@ -101,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         path = args.save_dir / f"predictions_learned_{name.replace(' ', '_')}.csv"
         write_predictions(path, images, probabilities, args.data_dir, name)
     if args.other:
-        table, _ = read_predictions(args.other, "deterministic")
+        table, _ = read_predictions(args.other, None)
         files = [str(file.relative_to(args.data_dir)) for file in images.files]
         if missing := [file for file in files if file not in table]:
             raise UserError(f"--other {args.other} lacks {missing[0]}: it must be of the same test images")

@@ -301,6 +301,14 @@ def mcnemar(first: int, second: int) -> float:
     return binomtest(first, first + second).pvalue if first + second else 1.0
 
 
+def paired(one: list[bool], other: list[bool]) -> tuple[float, float]:
+    """The difference of two accuracies, given which answers of each are right, and half its 95 % interval."""
+    n, only_one = len(one), sum(a and not b for a, b in zip(one, other))
+    only_other = sum(b and not a for a, b in zip(one, other))
+    difference = (only_one - only_other) / n
+    return difference, 1.96 * math.sqrt(max(0.0, (only_one + only_other) / n - difference**2) / n)
+
+
 def print_comparison(paths: list[Path], estimates: list[str | None]) -> None:
     """Print the difference in accuracy on the images that both tables have, and whether it may be chance."""
     (a, b), names = zip(*(read_predictions(path, estimate) for path, estimate in zip(paths, estimates)))
@@ -312,9 +320,7 @@ def print_comparison(paths: list[Path], estimates: list[str | None]) -> None:
             sys.exit(f"error: {file} is {a[file][0]} in {paths[0]} and {b[file][0]} in {paths[1]}")
     right = [[table[file][0] == table[file][1] for file in shared] for table in (a, b)]
     only_a, only_b = (sum(one and not other for one, other in zip(*pair)) for pair in (right, right[::-1]))
-    n = len(shared)
-    difference = (only_a - only_b) / n
-    spread = 1.96 * math.sqrt(max(0.0, (only_a + only_b) / n - difference**2) / n)
+    n, (difference, spread) = len(shared), paired(*right)
     print(f"{n:,} images in both, {len(a) + len(b) - 2 * n:,} in one only")
     for letter, path, name, answers, only in zip("AB", paths, names, right, (only_a, only_b)):
         print(f"{letter}: {sum(answers) / n:.1%} right, {only:,} where the other is wrong ({path}, {name})")

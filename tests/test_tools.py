@@ -149,6 +149,8 @@ def test_fine_tuning_learns_and_keeps_the_best_epoch(
     assert figures["nll"] == pytest.approx(nll, abs=1e-5)
     plot.main(["compare", *[str(tmp_path / f"predictions_{name}.csv")] * 2])
     assert "0.0" in capsys.readouterr().out
+    finetune.main([*argv, "--weights", "none", "--epochs", "0"])
+    assert "test: " in capsys.readouterr().out
 
 
 def test_results_of_a_probe_last_as_long_as_what_it_probed(colors: Path, tmp_path: Path) -> None:
@@ -455,8 +457,13 @@ def test_controls_look_where_they_say(make_data, save_dir: Path, tmp_path: Path,
         main.main([*shared, "--task=test", "--policy", policy, "--n_trajectories", "1"])
     assert "only a learned gaze" in fails(controls, [*shared, "--policy", "center"])
     capsys.readouterr()
-    controls.main([*shared, "--other", str(save_dir / "predictions_center.csv")])
+    other = save_dir / "predictions_center.csv"
+    (save_dir / "of_a_probe.csv").write_text(other.read_text().replace("deterministic", "linear probe"))
+    controls.main([*shared, "--other", str(save_dir / "of_a_probe.csv")])
+    as_a_probe = capsys.readouterr().out
+    controls.main([*shared, "--other", str(other)])
     out = capsys.readouterr().out
+    assert re.findall(r"ahead by (.*)", as_a_probe) == re.findall(r"ahead by (.*)", out)
     same = {"own_gaze": "learned", "center": "center", "annotated_dog": "oracle"}
     tables = {}
     for name, policy in same.items():
@@ -488,6 +495,7 @@ def test_controls_give_no_image_its_own_gaze() -> None:
 
 
 def test_controls_sort_dogs_into_thirds() -> None:
+    assert controls.thirds(torch.full((7, 2, 4), torch.nan)) == {}
     boxes = torch.full((7, 2, 4), torch.nan)  # the first image has none
     for i in range(1, 7):
         boxes[i, 0] = torch.tensor([0.5 - 0.05 * i, 0.5 - 0.05 * i, 0.5 + 0.01 * i, 0.5 + 0.01 * i])
