@@ -142,7 +142,7 @@ def display_names(folders: list[str]) -> list[str]:
 
 
 def match_classes(images: ImageList, class_names: list[str], path: Path) -> ImageList:
-    """The images, labelled by class_names of a path; case, underscores and leading numbers may differ, or UserError."""
+    """The images, labeled by class_names of a path; case, underscores and leading numbers may differ, or UserError."""
     keys = [strip_number(name).casefold() for name in class_names]
     known = {key: label for label, key in enumerate(keys) if keys.count(key) == 1}
     known |= {name: label for label, name in enumerate(class_names)}
@@ -280,7 +280,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F" or image.mode == "I" and not 0 <= image.getextrema()[0] <= image.getextrema()[1] <= 65535:
         raise ValueError("its pixels are floating-point numbers or beyond 65,535: convert it to 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it at 255
+    if image.mode.startswith("I"):  # 16-bit gray: Pillow's own conversion would clip it at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -21,7 +21,7 @@ from glimpse import FULL_SCALE, STARTS, build_pyramid, canvas_size, extract_patc
 ARCHITECTURES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 HEADS = {"12": [0, 1], "13": [0, 2], "23": [1, 2], "123": [0, 1, 2]}  # resolution levels (indices into STARTS) per head
 POLICIES = ("learned", "center", "random", "grid", "oracle")
-GRID = ((-0.5, -0.5), (0.5, -0.5), (-0.5, 0.5), (0.5, 0.5))  # centres of the quadrants, in the order of attention
+GRID = ((-0.5, -0.5), (0.5, -0.5), (-0.5, 0.5), (0.5, 0.5))  # centers of the quadrants, in the order of attention
 SUPERVISIONS = ("each", "last")
 PATCHES_PER_PASS = 256  # bounds memory for many trajectories: 0.6 GB of float32 stem output at P = 96
 
@@ -205,7 +205,7 @@ class Rollout(NamedTuple):
     """M trajectories over each of B images. If the context is classified, this glance is the first of the T steps."""
 
     logits: Tensor  # [B, M, T, C], of the breed, after each glimpse
-    location: Tensor  # [B, M, T, 2], centres of the glimpses
+    location: Tensor  # [B, M, T, 2], centers of the glimpses
     attention: Tensor  # [B, M, T, c c], over the cells of the context, row by row; detached
     log_prob: Tensor  # [B, M, T], of the sampled location; its gradient reaches only the location network
     baseline: Tensor  # [B, M, T], expected reward before the glimpse
@@ -274,8 +274,8 @@ class RecurrentAttention(nn.Module):
         """Roll out M trajectories over each image: T glimpses, after a glance at the context if it is classified.
 
         canvas: uint8 [B, 3, S, S]. noise: standard normal [B, M, T, 2], supplied by the caller; zeros give the
-        deterministic trajectory. policy: "learned", "center" (always the image centre), "random" (uniform over the
-        image, computed from the noise), "grid" (the centres of the quadrants in turn) or "oracle" (at the dog: the
+        deterministic trajectory. policy: "learned", "center" (always the image center), "random" (uniform over the
+        image, computed from the noise), "grid" (the centers of the quadrants in turn) or "oracle" (at the dog: the
         noise is the location). All trajectories of an image share its pyramid and its context features, which are zeros
         for the policies that do without, unless the context is classified. stop_at: end as soon as the highest
         probability of every trajectory in the batch is above this.

@@ -1,6 +1,6 @@
 """Draw "toy dogs", a small synthetic fine-grained data set, in the layout of Stanford Dogs.
 
-Each image shows one dog of any colour somewhere on a smooth background. The eight breeds differ only in the fine
+Each image shows one dog of any color somewhere on a smooth background. The eight breeds differ only in the fine
 pattern of the coat, whose period is about 4 pixels: it is visible in a glimpse at full resolution, but not in the image
 downsampled by a factor of 4. Classifying the breed therefore requires finding the dog first and then looking there.
 """
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 REDUCTION = 4  # downsampling factor from the image to the context
 PERIOD = 4.0  # of the patterns in pixels, independent of the image size
-CONTRAST = 0.28  # standard deviation of a pattern as a fraction of the coat's colour
+CONTRAST = 0.28  # standard deviation of a pattern as a fraction of the coat's color
 LENGTH = 1 / 3  # of a dog from tail to nose, as a fraction of the image side
 SUPERSAMPLING = 4
 
@@ -71,20 +71,20 @@ class Scene(NamedTuple):
     """An image of a dog without a pattern; S is the side in pixels."""
 
     plain: np.ndarray  # [S, S, 3] in [0, 1]
-    coat: np.ndarray  # [3], the coat's colour
+    coat: np.ndarray  # [3], the coat's color
     light: np.ndarray  # [S, S] in [0, 1], brightness of the coat in each pixel, 0 outside the dog
     box: Box  # of the dog
 
 
 def hsv_to_rgb(hue: ArrayLike, saturation: ArrayLike, value: ArrayLike) -> np.ndarray:
-    """Colours `[..., 3]` in [0, 1]; hues are in turns and wrap around."""
+    """Colors `[..., 3]` in [0, 1]; hues are in turns and wrap around."""
     hue, saturation, value = (np.asarray(channel)[..., None] for channel in (hue, saturation, value))
     sector = (np.array([5, 3, 1]) + 6 * hue) % 6
     return value * (1 - saturation * np.clip(np.minimum(sector, 4 - sector), 0, 1))
 
 
 def draw_background(size: int, generator: Generator) -> np.ndarray:
-    """A Bezier surface of bright colours with similar hues: `[S, S, 3]` in [0, 1], without texture."""
+    """A Bezier surface of bright colors with similar hues: `[S, S, 3]` in [0, 1], without texture."""
     hue = generator.uniform() + generator.normal(0, 0.12, (5, 5))
     knots = hsv_to_rgb(hue, generator.uniform(0.05, 0.6, (5, 5)), generator.uniform(0.88, 1, (5, 5)))
     t = (np.arange(size) + 0.5) / size
@@ -93,7 +93,7 @@ def draw_background(size: int, generator: Generator) -> np.ndarray:
 
 
 def pose_dog(generator: Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Discs (x, y, radius) `[N, 3]` as fractions of the image side, centred on (0, 0), and their brightness `[N]`."""
+    """Discs (x, y, radius) `[N, 3]` as fractions of the image side, centered on (0, 0), and their brightness `[N]`."""
     discs, lights = [], []
     t = np.linspace(0, 1, 24)[:, None]
     for name, (start, control, end, first_radius, last_radius, light) in DOG.items():
@@ -214,7 +214,7 @@ def write_data_set(data_dir: Path, n_train: int, n_test: int, size: int, spread:
                     generator = np.random.default_rng((seed, split_index, label, i))
                     image, box = draw_image(breed, size, spread, generator)
                     name = f"{folder}/{folder[:9]}_{split_index * counts[0] + i + 1}.jpg"
-                    # Chroma subsampling would average the coat's colour over two pixels, half a period.
+                    # Chroma subsampling would average the coat's color over two pixels, half a period.
                     Image.fromarray(image).save(images / name, quality=95, subsampling=0)
                     names[split].append(name)
                     write_annotation(annotations / name.removesuffix(".jpg"), breed, size, box)
@@ -245,7 +245,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     spread_help = (
-        "standard deviation of the dog's centre from the image centre, as a fraction of the image side; "
+        "standard deviation of the dog's center from the image center, as a fraction of the image side; "
         "resampled until the dog fits"
     )
     parser.add_argument("--data_dir", type=Path, default=Path("data/toy"), help="output folder")

@@ -204,7 +204,7 @@ def _seed() -> None:
 
 
 def draw_image(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A smooth colourful image with some structure, so that crops at different places differ."""
+    """A smooth colorful image with some structure, so that crops at different places differ."""
     coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
 

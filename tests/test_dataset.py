@@ -113,22 +113,22 @@ def test_missing_images_are_counted_and_named(make_data) -> None:
 
 def test_unusual_modes_are_converted_to_rgb(tmp_path: Path) -> None:
     image = draw_image(np.random.default_rng(0), 40, 40)
-    expected, grey = np.array(image), np.array(image.convert("L"))
+    expected, gray = np.array(image), np.array(image.convert("L"))
 
     def check(name: str, image: Image.Image, wanted: np.ndarray, tolerance: float, **options: object) -> None:
         image.save(tmp_path / name, **options)
         error = np.abs(load(tmp_path / name, 40).astype(float) - wanted).mean()
         assert error <= tolerance, f"{name} is {error:.1f} of 255 off"
 
-    grey_rgb = np.repeat(grey[..., None], 3, axis=2)
+    gray_rgb = np.repeat(gray[..., None], 3, axis=2)
     check("rgb.png", image, expected, 0)
     check("rgb.jpg", image, expected, 3, quality=95)
-    check("grey.png", image.convert("L"), grey_rgb, 0)
+    check("gray.png", image.convert("L"), gray_rgb, 0)
     check(
         "black_and_white.png", image.convert("1"), np.repeat(np.array(image.convert("1"))[..., None] * 255.0, 3, 2), 0
     )
-    check("grey16.png", Image.fromarray(grey.astype(np.uint16) * 257), grey_rgb, 1)
-    check("grey16.tif", Image.fromarray(grey.astype(np.uint16) * 257), grey_rgb, 1)
+    check("gray16.png", Image.fromarray(gray.astype(np.uint16) * 257), gray_rgb, 1)
+    check("gray16.tif", Image.fromarray(gray.astype(np.uint16) * 257), gray_rgb, 1)
     check("cmyk.jpg", image.convert("CMYK"), expected, 4, quality=95)
     check("palette.png", image.quantize(256), np.array(image.quantize(256).convert("RGB")), 0)
     alpha = Image.fromarray(np.tile(np.repeat([0, 255], 20).astype(np.uint8), (40, 1)))
@@ -136,7 +136,7 @@ def test_unusual_modes_are_converted_to_rgb(tmp_path: Path) -> None:
     translucent = image.copy()
     translucent.putalpha(alpha)
     check("alpha.png", translucent, on_white, 0)
-    check("grey_alpha.png", translucent.convert("LA"), np.where(np.array(alpha)[..., None] == 255, grey_rgb, 255), 0)
+    check("gray_alpha.png", translucent.convert("LA"), np.where(np.array(alpha)[..., None] == 255, gray_rgb, 255), 0)
     palette = image.quantize(200)
     wanted = np.where(np.array(palette)[..., None] == 7, 255, np.array(palette.convert("RGB")))
     check("palette_alpha.png", palette, wanted, 0, transparency=7)

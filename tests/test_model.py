@@ -241,7 +241,7 @@ def test_location_mean_of_quadrants_rounds_as_before() -> None:
 
 @pytest.mark.parametrize("mean", [0.0, 0.5, 1.0])
 def test_score_has_mean_zero(mean: float) -> None:
-    """The 2018 code evaluated log N at tanh(u), whose score pulls an off-centre location towards the centre."""
+    """The 2018 code evaluated log N at tanh(u), whose score pulls an off-center location towards the center."""
     n, std_dev = 200_000, 0.2
     mu = torch.full((n, 2), mean, dtype=torch.float64, requires_grad=True)
     sample = mu.detach() + std_dev * torch.randn(n, 2, dtype=torch.float64)

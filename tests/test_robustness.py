@@ -733,7 +733,7 @@ def test_test_reports_hit_rates_where_boxes_are_known(
         x, y = (width - side) / 2, (height - side) / 2
         box = (x + left * side, y + top * side, x + right * side, y + bottom * side)
         annotate(Path(main_args[1]), {file: [box]}, width, height)
-    # The deterministic trajectory starts 0.29 to the left of the centre, then goes to it; a sampled one goes astray.
+    # The deterministic trajectory starts 0.29 to the left of the center, then goes to it; a sampled one goes astray.
     location = torch.tensor([[[-0.58, 0.0], [0.0, 0.0]], [[0.0, 0.0], [-0.9, 0.9]]]).expand(9, 2, 2, 2)
     found, real = [], main.evaluate
 

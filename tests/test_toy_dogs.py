@@ -180,7 +180,7 @@ def test_an_interrupted_run_leaves_no_lists_and_a_rerun_no_old_images(tmp_path, 
         "--spread=2",
         "--seed=-1",
         "--n_tra=8",
-        "--colour=red",
+        "--color=red",
     ],
 )
 def test_an_invalid_flag_is_rejected_in_one_line(tmp_path, capsys, flags):
@@ -272,7 +272,7 @@ def reduce_antialiased(image: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("breed", BREEDS)
 def test_the_context_does_not_show_the_breed(breed):
-    """Difference to the same dog without a pattern, in grey levels of 255: about 28 before downsampling."""
+    """Difference to the same dog without a pattern, in gray levels of 255: about 28 before downsampling."""
     for number in range(6):
         plain, _, light, _ = scene(number)
         difference = draw(breed, number) - plain * 255
@@ -320,8 +320,8 @@ def test_phases_are_random():
 def spectrum(crop: np.ndarray) -> np.ndarray:
     """Amplitude spectrum of a 32 x 32 crop at periods of up to 6 pixels, of norm 1."""
     window = np.hanning(34)[1:-1]
-    grey = crop.mean(axis=2)
-    amplitude = np.abs(np.fft.fft2((grey - grey.mean()) * window * window[:, None]))
+    gray = crop.mean(axis=2)
+    amplitude = np.abs(np.fft.fft2((gray - gray.mean()) * window * window[:, None]))
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(32), np.fft.fftfreq(32)))
     amplitude = np.where(frequency > 1 / 6, amplitude, 0)
     return (amplitude / np.linalg.norm(amplitude)).ravel()
