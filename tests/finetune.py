@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from probe import write_predictions
+from probe import publish
 
 import dataset
 import pretrain
@@ -127,18 +127,11 @@ def main(argv: list[str] | None = None) -> None:
         figures = f"loss {loss:.3f}; valid {on_valid['accuracy']:.3f}, NLL {on_valid['nll']:.3f}"
         machine.print(f"epoch {epoch + 1}/{args.epochs}: {figures}")
     model.load_state_dict(best)
-    probabilities, n_images = probabilities_of(net, test_loader, machine, "test"), len(test.files)
-    figures = scores(probabilities, torch.tensor(test.labels))
-    figures["interval"] = utils.interval(figures["accuracy"], n_images)
-    machine.print(f"test: {utils.describe_accuracy(figures['accuracy'], n_images)}")
-    name = f"finetune_{args.arch}_{args.image_size}"
-    write_predictions(args.save_dir / f"predictions_{name}.csv", test, probabilities, args.data_dir, NAME)
+    probabilities = probabilities_of(net, test_loader, machine, "test")
     pixels = torch.empty(1, 3, args.image_size, args.image_size, device="meta")
     cost = {NAME: utils.multiply_adds(lambda: model.to("meta")(pixels))}
-    more = {"images": n_images, "images_seen_in_training": n_seen, "multiply_adds": cost}
-    path = args.save_dir / f"{name}.json"
-    utils.write_results(path, args, machine, {"fine-tuned": {NAME: figures}}, **more)
-    machine.print(f"figures: {path}")
+    more = {"images_seen_in_training": n_seen, "multiply_adds": cost}
+    publish(args, machine, f"finetune_{args.arch}_{args.image_size}", NAME, test, probabilities, **more)
 
 
 if __name__ == "__main__":

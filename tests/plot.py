@@ -71,8 +71,8 @@ def draw_curves(folders: list[Path], pyplot: Any) -> Any:
 def read_rivals(folders: list[Path]) -> list[Rival]:
     """The estimates in all files of results below the folders, by curve and cost."""
     rivals = []
-    patterns = [(folder, name) for folder in folders for name in ("probe_*.json", "pt_results*.json", "results_*.json")]
-    for path in sorted({path for folder, name in patterns for path in folder.rglob(name)}):
+    names = ("probe_*.json", "finetune_*.json", "pt_results*.json", "results_*.json")
+    for path in sorted({path for folder in folders for name in names for path in folder.rglob(name)}):
         content = json.loads(path.read_text(encoding="utf-8"))
         settings = content["settings"]
         if path.name.startswith("probe_"):
@@ -80,6 +80,10 @@ def read_rivals(folders: list[Path]) -> list[Rival]:
             curve = f"linear probe, weights {weights}"
             label = f"{settings['patch_size']} px" + ("" if weights.startswith("pt_") else ", ImageNet weights")
             detail = f"central square, {settings['arch']} at {settings['patch_size']} pixels"
+        elif path.name.startswith("finetune_"):
+            family, curve = "whole image", "fine-tuned ResNet"
+            label = f"{settings['image_size']} px, fine-tuned"
+            detail = f"{settings['arch']} at {settings['image_size']} pixels"
         elif path.name.startswith("pt_"):
             family, label = "fixed gaze", ""
             curve = "heads of pre-training" + path.stem.removeprefix("pt_results").replace("_", ", ", 1)
@@ -99,7 +103,7 @@ def read_rivals(folders: list[Path]) -> list[Rival]:
             detail += ", {arch} at {patch_size} pixels".format(**content["backbone"])
         for subject, of_subject in content["figures"].items():
             kind = subject.split()[0]
-            for estimate, figures in of_subject.items() if kind in ("probe", "heads", "policy") else ():
+            for estimate, figures in of_subject.items() if kind != "glimpse" else ():
                 name = f"{curve}, {estimate}" if kind == "policy" and estimate != "deterministic" else curve
                 what = f"head {estimate}, {detail}" if kind == "heads" else detail
                 cost, accuracy = content["multiply_adds"][estimate], figures["accuracy"]
@@ -167,15 +171,15 @@ def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
         cells = f"{rival.multiply_adds / 1e9:.1f} | {100 * rival.accuracy:.1f} | {low:.1f} to {high:.1f}"
         print(f"| {rival.curve} | {rival.detail} | {cells} |")
     figure, panel = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    rivals, labelled = list(filter(is_drawn, rivals)), []
+    rivals, labeled = list(filter(is_drawn, rivals)), []
     for rival, cost in zip(rivals, side_by_side(rivals)):
         low, high = (100 * edge for edge in rival.interval)
         color, height = HUES[rival.family], 100 * rival.accuracy
         panel.errorbar(cost, height, [[height - low], [high - height]], elinewidth=0.6, color=color, alpha=0.4)
         panel.plot(cost, height, MARKERS[rival.family], color=color)
-        same = [(c, a) for c, a, family in labelled if family == rival.family]
+        same = [(c, a) for c, a, family in labeled if family == rival.family]
         close = [a for c, a in same if abs(c / cost - 1) < 0.1 and abs(a - height) < 1]
-        labelled.append((cost, height, rival.family))
+        labeled.append((cost, height, rival.family))
         places = {"fixed gaze": ("right", -6, -3), "whole image": ("center", 0, 28), "learned gaze": ("left", 6, -3)}
         align, x, y = places[rival.family]
         style = {"textcoords": "offset points", "fontsize": "x-small", "ha": align, "color": color}

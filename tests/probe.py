@@ -11,6 +11,7 @@ images, and tests it. Under --save_dir it writes NAME.json and predictions_NAME.
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,24 @@ def write_predictions(path: Path, images: ImageList, probabilities: Tensor, data
     utils.write_table(path, rows)
 
 
+def publish(
+    args: Namespace, machine: Machine, name: str, estimate: str, test: ImageList, probabilities: Tensor, **more: Any
+) -> None:
+    """Score a rival on the test images, and write NAME.json and predictions_NAME.csv, as main.py does for a classifier.
+
+    name: "<subject>_...", NAME above. estimate: what to call it. probabilities: [N, 1, C]. more: entries of the JSON.
+    """
+    n_images, subject = len(test.files), name.partition("_")[0]
+    figures = scores(probabilities, torch.tensor(test.labels))
+    figures["interval"] = utils.interval(figures["accuracy"], n_images)
+    machine.print(f"test:       {utils.describe_accuracy(figures['accuracy'], n_images)}")
+    if machine.rank == 0:
+        figures_path, table_path = args.save_dir / f"{name}.json", args.save_dir / f"predictions_{name}.csv"
+        write_predictions(table_path, test, probabilities, args.data_dir, estimate)
+        utils.write_results(figures_path, args, machine, {subject: {estimate: figures}}, images=n_images, **more)
+        machine.print(f"figures: {figures_path}, predictions: {table_path}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Extract features, fit probes, choose one on the validation images, and test it."""
     args = make_parser().parse_args(argv)
@@ -102,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     backbone.to(machine.device, memory_format=torch.channels_last)
     features = [image_features(backbone, images, args, machine) for images in (train, valid, test)]
     mean, std = features[0].mean(0), features[0].std(0).clamp_min(1e-6)
-    (train_x, train_y), (valid_x, valid_y), (test_x, test_y) = [
+    (train_x, train_y), (valid_x, valid_y), (test_x, _) = [
         ((x - mean) / std, torch.tensor(images.labels)) for x, images in zip(features, (train, valid, test))
     ]
     probes = {decay: fit_probe(train_x, train_y, len(train.class_names), decay) for decay in WEIGHT_DECAYS}
@@ -110,23 +129,14 @@ def main(argv: list[str] | None = None) -> None:
     best = max(on_valid, key=lambda decay: on_valid[decay]["accuracy"])
     probabilities = probabilities_of(probes[best], test_x)
     thresholds = stopping_thresholds(probabilities_of(probes[best], valid_x))  # for a cascade of two probes
-    figures, n_images = scores(probabilities, test_y), len(test_y)
-    figures["interval"] = utils.interval(figures["accuracy"], n_images)
     machine.print(f"{NAME} of the central square at {side} pixels, features of {args.weights} weights")
-    machine.print(
-        f"validation: {utils.describe_accuracy(on_valid[best]['accuracy'], len(valid_y))}, weight decay {best:g}"
-    )
-    machine.print(f"test:       {utils.describe_accuracy(figures['accuracy'], n_images)}")
-    if machine.rank == 0:
-        name = f"probe_{args.arch}_{Path(args.weights).stem}_{side}"
-        figures_path, table_path = args.save_dir / f"{name}.json", args.save_dir / f"predictions_{name}.csv"
-        net = nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten(), probes[best]).to("meta")
-        cost = {NAME: utils.multiply_adds(lambda: net(torch.empty(1, 3, side, side, device="meta")))}
-        more = {"images": n_images, "images_seen_in_training": n_seen, "multiply_adds": cost, "weight_decay": best}
-        more["thresholds"] = thresholds
-        write_predictions(table_path, test, probabilities, args.data_dir, NAME)
-        utils.write_results(figures_path, args, machine, {"probe": {NAME: figures}}, **more)
-        machine.print(f"figures: {figures_path}, predictions: {table_path}")
+    accuracy = utils.describe_accuracy(on_valid[best]["accuracy"], len(valid_y))
+    machine.print(f"validation: {accuracy}, weight decay {best:g}")
+    net = nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten(), probes[best]).to("meta")
+    cost = {NAME: utils.multiply_adds(lambda: net(torch.empty(1, 3, side, side, device="meta")))}
+    name = f"probe_{args.arch}_{Path(args.weights).stem}_{side}"
+    more = {"images_seen_in_training": n_seen, "multiply_adds": cost, "weight_decay": best, "thresholds": thresholds}
+    publish(args, machine, name, NAME, test, probabilities, **more)
 
 
 if __name__ == "__main__":

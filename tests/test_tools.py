@@ -142,7 +142,7 @@ def test_fine_tuning_learns_and_keeps_the_best_epoch(
     assert len(losses) == 6 and losses[-1] < losses[0]
     name = f"finetune_{ARCH}_32"
     results, rows = json.loads((tmp_path / f"{name}.json").read_text()), read_log(tmp_path / f"predictions_{name}.csv")
-    figures = results["figures"]["fine-tuned"]["fine-tuned ResNet"]
+    figures = results["figures"]["finetune"]["fine-tuned ResNet"]
     right = np.mean([row["class_1"] == row["true_class"] for row in rows])
     assert len(rows) == results["images"] == 24 and figures["accuracy"] == pytest.approx(right) and right > 0.5
     nll = -np.log([float(row["true_probability"]) for row in rows]).mean()
@@ -267,12 +267,15 @@ def test_rivals_are_drawn_from_what_tests_and_probes_wrote(tmp_path: Path, capsy
     write(tmp_path / "2" / "3" / "results_learned.json", "policy learned", estimates, **of_k_2)
     of_probe, context = {"arch": "resnet50", "weights": "a/b.pth", "patch_size": "96"}, {"classify_context": "True"}
     write(tmp_path / "probe_96.json", "probe", {"linear probe": (0.3, 10**9)}, **of_probe)
+    of_whole = {"arch": "resnet50", "weights": "a/b.pth", "image_size": "224"}
+    write(tmp_path / "finetune_224.json", "finetune", {"fine-tuned ResNet": (0.7, 4 * 10**9)}, **of_whole)
     of_grid = {"policy": "grid", **sizes, **context}
     write(tmp_path / "4" / "results_grid.json", "policy grid", {"deterministic": (0.4, 10**9)}, **of_grid)
     write(tmp_path / "pt_results.json", "heads", {"23": (0.2, 2 * 10**9)}, **of_probe)
     (tmp_path / "other.json").write_text("[]")
     plot.main(["rivals", str(tmp_path), "--out", str(tmp_path / "rivals.png")])
     assert capsys.readouterr().out.splitlines()[2:-1] == [
+        "| fine-tuned ResNet | resnet50 at 224 pixels | 4.0 | 70.0 | 60.0 to 90.0 |",
         "| grid, with context | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 1.0 | 40.0 | 30.0 to 60.0 |",
         "| heads of pre-training | head 23, resnet50 at 96 pixels | 2.0 | 20.0 | 10.0 to 40.0 |",
         "| learned | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 3.0 | 50.0 | 40.0 to 70.0 |",
@@ -286,7 +289,8 @@ def test_rivals_are_drawn_from_what_tests_and_probes_wrote(tmp_path: Path, capsy
     assert families == {"fixed gaze", "learned gaze", "whole image"}
     labels = [text.get_text() for text in panel.texts]  # neither heads nor averages
     assert labels == [
-        *("grid, with context (1, 2) x 2", "learned (1, 2) x 2", "learned (2, 2) x 2", "96 px, ImageNet weights")
+        *("224 px, fine-tuned", "grid, with context (1, 2) x 2"),
+        *("learned (1, 2) x 2", "learned (2, 2) x 2", "96 px, ImageNet weights"),
     ]
     with Image.open(tmp_path / "rivals.png") as image:
         assert len(image.convert("RGB").getcolors(2**16)) > 50
