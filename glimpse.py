@@ -1,7 +1,7 @@
 """Geometry and pixels of glimpses: patch scales, image pyramid, patch extraction, boxes and drawing.
 
 Shapes: B images, M glimpses per image, T glimpses per trajectory, k patches per glimpse, P patch side, S canvas side.
-Locations are (x, y) in [-1, 1]: x to the right, y down, (0, 0) the centre of the image.
+Locations are (x, y) in [-1, 1]: x to the right, y down, (0, 0) the center of the image.
 Scales are in quarters of the image side: a patch of scale q covers q/4 of the side and is always P x P pixels.
 """
 
@@ -125,7 +125,7 @@ def to_image(pixels: Tensor, side: int) -> Image.Image:
 
 
 def draw_boxes(image: Image.Image, boxes: Tensor) -> Image.Image:
-    """Copy a square image and draw the boxes [T, k, 4] of T glimpses, one colour each, clipped at the border."""
+    """Copy a square image and draw the boxes [T, k, 4] of T glimpses, one color each, clipped at the border."""
     image = image.copy()
     draw, drawn = ImageDraw.Draw(image), []
     for color, glimpse in zip(GLIMPSE_COLORS * len(boxes), boxes.clamp(0, 1).tolist()):
@@ -217,26 +217,16 @@ def draw_panel(
     return panel
 
 
-def shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """Fit a line into a width in pixels: "..." replaces the end of the name, not the "(0.99)" after it."""
-    name, bracket, rest = text.partition(" (")
-    while font.getlength(text) > width and name:
-        name = name[:-1]
-        text = f"{name}...{bracket}{rest}"
-    return text
-
-
 def draw_contact_sheet(
     canvases: list[Tensor], boxes: list[Tensor], captions: list[str], correct: list[bool]
 ) -> Image.Image:
     """Draw images, uint8 [3, S, S], with boxes, [T, k, 4], above one or two lines of caption, in red if not correct."""
-    side, tiles = 224, []
+    side, tiles = 256, []  # wide enough for the breeds of Stanford Dogs; longer lines end at the edge
     font, captions = choose_font(12, *captions)
     for canvas, box, caption, is_correct in zip(canvases, boxes, captions, correct):
         tile = Image.new("RGB", (side, side + 36), "white")
         tile.paste(draw_boxes(to_image(canvas, side), box))
-        mark = "" if is_correct else "wrong: "
-        text = "\n".join(shorten(line, side, font) for line in (mark + caption).split("\n"))
-        ImageDraw.Draw(tile).text((0, side + 2), text, "#c00000" if mark else "black", font)
+        text, color = (caption, "black") if is_correct else (caption.replace("predicted", "wrong:", 1), "#c00000")
+        ImageDraw.Draw(tile).text((0, side + 2), text, color, font)
         tiles.append(pil_to_tensor(tile))
     return to_pil_image(make_grid(tiles, nrow=5, padding=8, pad_value=255))

@@ -174,15 +174,14 @@ def by_glimpse(probabilities: Tensor, location: Tensor) -> dict[int, Tensor]:
 
 
 def validate(net: nn.Module, data: DataLoader, noise: Tensor, policy: str, machine: Machine) -> tuple[dict, list]:
-    """Scores of one trajectory per image, with accuracy, NLL and gaze after each glimpse; thresholds for `stopping`."""
+    """Figures of one trajectory per image, by name, also after each glimpse; thresholds for `stopping`."""
     probabilities, location, boxes = evaluate(net, data, noise, policy, machine, "validation")
-    labels, each = torch.tensor(data.dataset.images.labels), {}
-    for t, answers in by_glimpse(probabilities, location).items():
-        after = scores(answers, labels)
-        figures = {"accuracy": after["accuracy"], "nll": after["nll"]}
-        figures |= gaze(location[:, :, t - 1], boxes) if t else {}
-        each |= {f"{name}_{t}": value for name, value in figures.items()}
-    figures = {**after, **each, "distance_from_center": location.norm(dim=-1).mean().item() / 2}
+    labels = torch.tensor(data.dataset.images.labels)
+    by_subject = measure(policy, probabilities, location, boxes, labels).values()
+    figures, *after_each = (next(iter(estimates.values())) for estimates in by_subject)
+    del figures["interval"]
+    for t, of_glimpse in zip(by_glimpse(probabilities, location), after_each):
+        figures |= {f"{name}_{t}": value for name, value in of_glimpse.items()}
     return figures, stopping_thresholds(probabilities[:, :, :-1])
 
 
@@ -205,19 +204,19 @@ def read_backbone(args: Namespace, valid_list: ImageList) -> tuple[dict[str, Ten
         raise UserError(f"--backbone {path} is a classifier, or outdated: give pt_glimpse_model.tar of pretrain.py")
     content = {"settings": BACKBONE_OF_2018, "data": {}, **content}
     dataset.refuse_seen_images(valid_list, dataset.seen_by(content["data"], ("training",)), path, "validation")
-    about = {"arch": content["settings"]["arch"], "patch_size": int(content["settings"]["patch_size"])}
+    source = {"arch": content["settings"]["arch"], "patch_size": int(content["settings"]["patch_size"])}
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return content["model_dict"], {**about, "file": str(path), "sha256": sha256, "data": content["data"]}
+    return content["model_dict"], {**source, "file": str(path), "sha256": sha256, "data": content["data"]}
 
 
-def build_model(args: Namespace, about: dict[str, Any], n_classes: int, weights: Any = None) -> RecurrentAttention:
-    """The network of these flags. about: its backbone; weights: of that, if not random too. Raises UserError."""
-    backbone = build_backbone(about["arch"])
+def build_model(args: Namespace, source: dict[str, Any], n_classes: int, weights: Any = None) -> RecurrentAttention:
+    """The network of these flags on a backbone of this source, with its weights or random ones. Raises UserError."""
+    backbone = build_backbone(source["arch"])
     if weights is not None:
-        utils.load_state(backbone.load_state_dict, weights, about["file"])
+        utils.load_state(backbone.load_state_dict, weights, source["file"])
     keywords = {name: getattr(args, name) for name in NETWORK}
     try:
-        return RecurrentAttention(backbone=backbone, n_classes=n_classes, patch_size=about["patch_size"], **keywords)
+        return RecurrentAttention(backbone=backbone, n_classes=n_classes, patch_size=source["patch_size"], **keywords)
     except ValueError as error:  # of flags that do not go together
         raise UserError(str(error)) from None
 
@@ -226,17 +225,17 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
     """Train on a frozen backbone and keep the classifier at its best, the epoch with the lowest NLL on validation."""
     run = utils.Run(args, machine, FILES, last)
     train_list, valid_list, data = dataset.read_training_data(args, machine, last)
-    weights, about = (None, last["backbone"]) if last else read_backbone(args, valid_list)
-    if dataset.seen_by(about["data"], ("training",)) != dataset.seen_by(data, ("training",)):
-        machine.print(f"note: the backbone in {about['file']} was trained on other images than those to train on now")
+    weights, source = (None, last["backbone"]) if last else read_backbone(args, valid_list)
+    if dataset.seen_by(source["data"], ("training",)) != dataset.seen_by(data, ("training",)):
+        machine.print(f"note: the backbone in {source['file']} was trained on other images than those to train on now")
     torch.manual_seed(args.seed)
-    model = build_model(args, about, len(train_list.class_names), weights)
+    model = build_model(args, source, len(train_list.class_names), weights)
     size = model.glimpse.canvas_size
     train_loader = dataset.make_loader(train_list, args, machine, size, trains=True)
     valid_loader = dataset.make_loader(valid_list, args, machine, size)
     model.to(machine.device, memory_format=torch.channels_last)
     optimizer = utils.make_optimizer(*model.parameter_groups())
-    run.start(model, optimizer, {"model_dict": model}, data=data, backbone=about)
+    run.start(model, optimizer, {"model_dict": model}, data=data, backbone=source)
     model.glimpse.speed_up(machine.dtype, compiles=machine.compiles)
     net = utils.wrap(model, machine)
     valid_noise = evaluation_noise(args.policy, len(valid_list.files), 1, args.n_glimpses, args.seed)[:, :1]
@@ -354,10 +353,10 @@ def report(figures: dict[str, Any], n_images: int, n_classes: int, machine: Mach
             machine.print(f"{subject:15}{estimate:20}" + "  ".join(shown))
 
 
-def multiply_adds(args: Namespace, about: dict[str, Any], n_classes: int, n_trajectories: int) -> list[int]:
-    """Multiplications, each with an addition, of all networks on one image, up to each prediction. about: backbone."""
+def multiply_adds(args: Namespace, source: dict[str, Any], n_classes: int, n_trajectories: int) -> list[int]:
+    """Multiplications, each with an addition, for one image, up to each prediction, with a backbone of this source."""
     with torch.device("meta"):
-        model, costs = build_model(args, about, n_classes).eval(), []
+        model, costs = build_model(args, source, n_classes).eval(), []
         side = model.glimpse.canvas_size
         canvas = torch.empty(1, 3, side, side, dtype=torch.uint8)
         noise = torch.empty(1, n_trajectories, args.n_glimpses, 2)
@@ -380,18 +379,18 @@ def test(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
     figures = measure(policy, probabilities, location, boxes, labels)
     report(figures, n_images, len(names), machine)
     if machine.rank == 0:
-        name, about = policy + utils.name_of_other_data(args, checkpoint), checkpoint["backbone"]
+        name, source = policy + utils.name_of_other_data(args, checkpoint), checkpoint["backbone"]
         table_path, figures_path = args.save_dir / f"predictions_{name}.csv", args.save_dir / f"results_{name}.json"
         utils.write_table(table_path, prediction_rows(args, images, probabilities, location))
         sizes = {name: args.n_trajectories if name.startswith("average") else 1 for name in figures[f"policy {policy}"]}
         more = {"images": n_images, "images_seen_in_training": n_seen, "epoch": epoch}
-        costs = {n: multiply_adds(args, about, len(names), n) for n in {1, *sizes.values()}}
+        costs = {n: multiply_adds(args, source, len(names), n) for n in {1, *sizes.values()}}
         more["multiply_adds"] = {name: costs[n][-1] for name, n in sizes.items()}
         more["stopping"] = stopping(probabilities[:, 0], labels, checkpoint.get("thresholds", []), costs[1])
         for point in more["stopping"]:
             right, cost = utils.describe_accuracy(point["accuracy"], n_images), point["multiply_adds"] / 1e9
             machine.print(f"--stop_at {point['stop_at']:.3f}: {right}  {cost:.2f}e9 multiply-adds")
-        more["backbone"] = {name: about[name] for name in ("arch", "patch_size", "file", "sha256")}
+        more["backbone"] = {name: source[name] for name in ("arch", "patch_size", "file", "sha256")}
         utils.write_results(figures_path, args, machine, figures, **more)
         machine.print(f"figures: {figures_path}, predictions: {table_path}")
     folders = f"--data_dir {quote(str(args.data_dir))} --save_dir {quote(str(args.save_dir))}"
@@ -404,7 +403,7 @@ class Prediction(NamedTuple):
 
     probabilities: Tensor  # [C], of the best estimate
     estimate: str  # its name: "average of n" over the sampled trajectories where the policy has any, and does not stop
-    location: Tensor  # [T, 2], centres of the drawn trajectory's glimpses: (x, y) in (-1, 1), x to the right, y down
+    location: Tensor  # [T, 2], centers of the drawn trajectory's glimpses: (x, y) in (-1, 1), x to the right, y down
     attention: Tensor | None  # [T, c c], over the cells of the context, row by row; of policy "learned" only
     drawn: Tensor  # [T, C], or T + 1 with a glance, of the drawn trajectory: deterministic or, if "random", sampled
     canvas: Tensor  # uint8 [3, S, S], the central square of the image
