@@ -116,7 +116,7 @@ def read_list(data_dir: str | Path, part: str) -> ImageList:
     if part == "valid":
         return ImageList()
     folder = folders.get("images", Path(data_dir))
-    rule = f"{TEST_SIZE:.0%} of each class in {folder} are the test set"
+    rule = f"{TEST_SIZE:.0%} of each class in {folder} is the test set"
     everything = find_annotations(read_class_folders(folder, part, rule), folders)
     return everything if part == "all" else split_list(everything, TEST_SIZE, "test", n_parts=3)[part == "test"]
 
@@ -126,7 +126,7 @@ def read_training_lists(data_dir: Path, valid_size: float) -> tuple[ImageList, I
     train, valid = read_list(data_dir, "train"), read_list(data_dir, "valid")
     if valid.files:
         return train, match_classes(valid, train.class_names, train.folder)
-    rule = f"{train.split_rule}; {valid_size:.0%} of each class are held out for validation"
+    rule = f"{train.split_rule}; {valid_size:.0%} of each class is held out for validation"
     return split_list(train._replace(split_rule=rule), valid_size, "validation", n_parts=2)
 
 
@@ -142,7 +142,7 @@ def display_names(folders: list[str]) -> list[str]:
 
 
 def match_classes(images: ImageList, class_names: list[str], path: Path) -> ImageList:
-    """The images, labeled by class_names of a path; case, underscores and leading numbers may differ, or UserError."""
+    """The images, relabeled by the class_names of path; case, _ and leading numbers may differ. Raises UserError."""
     keys = [strip_number(name).casefold() for name in class_names]
     known = {key: label for label, key in enumerate(keys) if keys.count(key) == 1}
     known |= {name: label for label, name in enumerate(class_names)}
@@ -246,8 +246,8 @@ def first_twins(files: list[Path]) -> list[Path]:
 def split_list(images: ImageList, fraction: float, purpose: str, n_parts: int) -> tuple[ImageList, ImageList]:
     """Hold out a fraction of each class for a purpose. Returns (the rest, the images held out).
 
-    Each image is held out or not by a hash of its own name, so that adding, removing or renaming one moves no other;
-    the sizes are therefore about the fraction. Copies count as one. Raises UserError for a class of fewer than n_parts.
+    Each image is held out or not by a hash of its own name, so that adding, removing or renaming one moves no other,
+    but in small classes: at least one is held out and n_parts - 1 kept. Copies count as one. Raises UserError for less.
     """
     twins = first_twins(images.files)
     draws = {}
@@ -291,7 +291,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def read_boxes(path: Path, size: tuple[int, int], orientation: int) -> Tensor:
     """Boxes of the dogs [n, 4]: left, top, right, bottom in fractions of the upright image's sides. Raises UserError.
 
-    path: PASCAL VOC XML of the image as stored. size: its width and height, if that lacks them. orientation: EXIF's.
+    path: PASCAL VOC XML of the image as stored. size: width and height, if the XML lacks them. orientation: EXIF's.
     """
     try:
         root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
@@ -364,7 +364,7 @@ def crop_to_canvas(
     """The crop of `choose_crop`, resized once: uint8 [3, size, size], and its boxes [N_BOXES, 4].
 
     boxes: [n, 4] in fractions of the image's sides; those returned are in fractions of the canvas side, clipped at its
-    border, the largest first, filled up with NaN. Augmentation happens here only, so that all glimpses agree with them.
+    border, the largest first, filled up with NaN. Augmentation happens here only, so that boxes and glimpses agree.
     """
     left, top, side, flipped = choose_crop(*image.size, draw)
     square = pil_to_tensor(image.crop((left, top, left + side, top + side)))
@@ -424,7 +424,7 @@ def make_loader(
     """Batches of this process's items of `ImageDataset`, for training shuffled and augmented. Raises UserError."""
     rank, world_size, n_images = machine.rank, machine.world_size, len(images.files)
     if args.batch_size % world_size or n_images < world_size:
-        raise UserError(f"--batch_size {args.batch_size} or {n_images} images cannot feed {world_size} processes alike")
+        raise UserError(f"--batch_size {args.batch_size} or {n_images} images do not split over {world_size} processes")
     if "policy" in args and args.policy == "oracle" and not any(images.annotations):
         raise UserError(f"--policy oracle looks at annotated dogs: there are none in {args.data_dir}/Annotation")
     sampler = TrainSampler(n_images, args.seed, args.smallest_crop, rank=rank, world_size=world_size)
@@ -524,21 +524,27 @@ def refuse_seen_images(images: ImageList, seen: set[int], path: Path, use: str) 
     return len(found)
 
 
-def read_test_list(args: Namespace, machine: Machine, checkpoint: dict[str, Any], path: Path) -> tuple[ImageList, int]:
-    """The images to test a checkpoint's network on, with its labels, and how many of them it or its backbone has seen.
+def list_test_images(data_dir: Path, checkpoint: dict[str, Any], path: Path) -> tuple[ImageList, set[int]]:
+    """The test images, with the labels of a checkpoint in path, and the fingerprints that it or its backbone has seen.
 
-    Of data without a split, all images are for testing if it has seen none. Raises UserError if it has seen too many.
+    Of data without a split, all images are for testing if it has seen none. Raises UserError, also if there are none.
     """
-    parts, names = ("training", "validation"), checkpoint["data"]["class_names"]
+    parts = ("training", "validation")
     seen = seen_by(checkpoint["data"], parts) | seen_by(checkpoint.get("backbone", {}).get("data", {}), parts)
-    images = read_list(args.data_dir, "all")
+    images = read_list(data_dir, "all")
     if any(fingerprint_of(file) in seen for file in images.files) or not images.files:
-        images = read_list(args.data_dir, "test")
+        images = read_list(data_dir, "test")
     else:
         images = images._replace(split_rule=f"all of {images.folder} is for testing: none of it was trained on")
     if not images.files:
-        raise UserError(f"--data_dir: {args.data_dir} has no test images: add a folder test (or val) beside train")
-    [images] = check_images(args, machine, match_classes(images, names, path))
+        raise UserError(f"--data_dir: {data_dir} has no test images: add a folder test (or val) beside train")
+    return match_classes(images, checkpoint["data"]["class_names"], path), seen
+
+
+def read_test_list(args: Namespace, machine: Machine, checkpoint: dict[str, Any], path: Path) -> tuple[ImageList, int]:
+    """The images of `list_test_images`, checked, and how many of them were seen. Raises UserError if too many were."""
+    images, seen = list_test_images(args.data_dir, checkpoint, path)
+    [images], names = check_images(args, machine, images), images.class_names
     if n_seen := refuse_seen_images(images, seen, path, "test"):
         machine.print(f"note: {n_seen} of the {len(images.files)} test images were used in training too")
     if lost := sorted(set(range(len(names))) - set(images.labels)):

@@ -1,7 +1,7 @@
 """Train the recurrent attention model on a pre-trained backbone; test it, draw where it looks, classify images.
 
     python main.py                                            # train on the backbone of pretrain.py
-    python main.py --batch_size 32 --lr 3e-4 --epochs 4       # on a laptop: 2 GB of memory, a first impression
+    python main.py --batch_size 32 --lr 3e-4 --epochs 4       # on a laptop: 2 GB of memory, for a quick try
     python main.py --resume_training=True                     # continue after the last finished epoch
     python main.py --task=test                                # score on the test list
     python main.py --task=view_glimpses                       # draw where the model looks
@@ -37,7 +37,7 @@ from utils import Machine, UserError
 
 FILES = ("saved_model.tar", "last.tar", "log.csv", "results_*.json", *(f"predictions_{name}*.csv" for name in POLICIES))
 NETWORK = ("k", "start_size", "n_glimpses", "rnn_hidden", "std_dev", "classify_context", "cells")  # the model's
-BACKBONE_OF_2018 = {"arch": "resnet50", "patch_size": "96"}  # whose file holds only weights
+BACKBONE_OF_2018 = {"arch": "resnet50", "patch_size": "96"}  # its file holds only weights
 N_BEST = 5  # most probable classes to list
 N_ON_SHEET = 40  # images on the contact sheet
 
@@ -54,12 +54,12 @@ def make_parser() -> utils.Parser:
     training("--supervision", default="each", choices=SUPERVISIONS, help="train every prediction or only the last")
     network = parser.add_argument_group("network").add_argument
     network("--k", type=utils.positive_count, default=2, help="patches per glimpse")
-    network("--start_size", type=int, default=2, choices=STARTS, help="quarters of the side that the finest patch has")
+    network("--start_size", type=int, default=2, choices=STARTS, help="side of the finest patch, in quarters")
     network("--n_glimpses", type=utils.positive_count, default=1, help="glimpses per image")
     network("--rnn_hidden", type=utils.positive_count, default=2048, help="hidden units of the LSTM")
     network("--std_dev", type=utils.positive, default=0.2, help="standard deviation of the location, before tanh")
     network("--classify_context", **utils.SWITCH, help="classify the context first, then the glimpses as well")
-    network("--cells", type=utils.positive_count, default=2, help="cells along a side of the context, up to P/16")
+    network("--cells", type=utils.positive_count, default=2, help="cells per side of the context, up to patch_size/16")
     network("--policy", default="learned", choices=POLICIES,
             help="learned; or a baseline: center, random, grid, oracle (annotated box)")  # fmt: skip
     use = parser.add_argument_group("test, view_glimpses and predict").add_argument
@@ -67,7 +67,7 @@ def make_parser() -> utils.Parser:
     use("--imgs_dir", type=Path, default=Path("imgs"), help="folder for drawings")
     use("--n_samples", type=utils.positive_count, default=20, help="images to draw in view_glimpses")
     use("--n_trajectories", type=utils.positive_count, default=7, help="sampled trajectories to average over")
-    use("--stop_at", type=utils.fraction_or_one, default=1.0, help="probability above which predict looks no further")
+    use("--stop_at", type=utils.fraction_or_one, default=1.0, help="to predict or draw: stop above this probability")
     return parser
 
 
@@ -88,7 +88,7 @@ def training_noise(args: Namespace, n_images: int, epoch: int, machine: Machine)
 def train_one_epoch(
     net: nn.Module, data: DataLoader, noise: Tensor, args: Namespace, optimizer: Optimizer, machine: Machine, title: str
 ) -> dict[str, float]:
-    """One pass over the training images. Returns means of the loss, its terms, and what is watched besides."""
+    """One pass over the training images. Returns means of the loss, its terms and other metrics."""
     net.train()
     with utils.Meter(title, data, machine, optimizer) as meter:
         for (canvas, boxes, labels, _), eps in zip(data, noise.split(data.batch_size)):
@@ -178,7 +178,7 @@ def validate(net: nn.Module, data: DataLoader, noise: Tensor, policy: str, machi
     probabilities, location, boxes = evaluate(net, data, noise, policy, machine, "validation")
     labels = torch.tensor(data.dataset.images.labels)
     by_subject = measure(policy, probabilities, location, boxes, labels).values()
-    figures, *after_each = (next(iter(estimates.values())) for estimates in by_subject)
+    figures, *after_each = (next(iter(of_subject.values())) for of_subject in by_subject)
     del figures["interval"]
     for t, of_glimpse in zip(by_glimpse(probabilities, location), after_each):
         figures |= {f"{name}_{t}": value for name, value in of_glimpse.items()}
@@ -275,15 +275,24 @@ def estimates(values: Tensor, policy: str) -> dict[str, Tensor]:
     return grouped
 
 
-def prediction_row(probabilities: Tensor, class_names: list[str], location: Tensor | None) -> dict[str, Any]:
+def prediction_row(probabilities: Tensor, class_names: list[str], location: Tensor) -> dict[str, Any]:
     """The N_BEST most probable classes of probabilities [C], and where a trajectory looked, location [T, 2]."""
     values, labels = probabilities.sort(descending=True, stable=True)  # the first is that of argmax, also in a tie
     row: dict[str, Any] = {}
     for i, (value, label) in enumerate(zip(values[:N_BEST].tolist(), labels[:N_BEST].tolist()), start=1):
         row |= {f"class_{i}": class_names[label], f"probability_{i}": value}
-    for t, place in enumerate([] if location is None else location.tolist(), start=1):
+    for t, place in enumerate(location.tolist(), start=1):
         row |= {f"x_{t}": place[0], f"y_{t}": place[1]}
     return row
+
+
+def estimate_rows(args: Namespace, images: ImageList, estimate: str, probabilities: Tensor, location: Tensor) -> list:
+    """A row, a dict, per image for one estimate: its probabilities are [N, C], and it looked at location [N, T, 2]."""
+    rows, names = [], images.class_names
+    for file, truth, p, places in zip(images.files, images.labels, probabilities, location):
+        row = {"file": file.relative_to(args.data_dir), "estimate": estimate, "true_class": names[truth]}
+        rows.append({**row, "true_probability": p[truth].item(), **prediction_row(p, names, places)})
+    return rows
 
 
 def prediction_rows(args: Namespace, images: ImageList, probabilities: Tensor, location: Tensor) -> list[dict]:
@@ -291,21 +300,19 @@ def prediction_rows(args: Namespace, images: ImageList, probabilities: Tensor, l
 
     probabilities: [N, M, T, C], or T + 1 with a glance; location: [N, M, T, 2].
     """
-    rows, names, earlier = [], images.class_names, by_glimpse(probabilities, location)
+    rows, earlier = [], by_glimpse(probabilities, location)
     after = estimates(earlier.pop(location.shape[2]), args.policy)
     after.pop("sampled trajectory", None)
     if "deterministic" in after:
         after |= {f"after glimpse {t}": answers[:, :1] for t, answers in earlier.items()}
     for estimate, values in after.items():
-        for file, truth, p, place in zip(images.files, images.labels, values[:, 0], location[:, 0]):
-            row = {"file": file.relative_to(args.data_dir), "estimate": estimate, "true_class": names[truth]}
-            seen = place if estimate == "deterministic" else torch.full_like(place, math.nan)
-            rows.append({**row, "true_probability": p[truth].item(), **prediction_row(p, names, seen)})
+        seen = location[:, 0] if estimate == "deterministic" else torch.full_like(location[:, 0], math.nan)
+        rows += estimate_rows(args, images, estimate, values[:, 0], seen)
     return rows
 
 
 def measure(policy: str, probabilities: Tensor, location: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Figures by subject and estimate: scores after the last glimpse, and after each where it looked, and how well.
+    """Figures by subject and estimate: scores after the last glimpse; accuracy, NLL and gaze after each.
 
     probabilities: [N, M, T, C], or T + 1 with a glance, which is called glimpse 0; location: [N, M, T, 2]; boxes of the
     dogs: [N, n, 4]; labels: [N].
@@ -317,7 +324,7 @@ def measure(policy: str, probabilities: Tensor, location: Tensor, boxes: Tensor,
             after = scores(answers, labels)
             figures[f"policy {policy}"][name] = {**after, "interval": utils.interval(after["accuracy"], len(labels))}
             of_glimpse[name] = {"accuracy": after["accuracy"], "nll": after["nll"]}
-            if t and not name.startswith("average"):  # which is of n glimpses at n places
+            if t and not name.startswith("average"):  # of trajectories, each with a place of its own
                 of_glimpse[name]["distance_from_center"] = places[name].norm(dim=-1).mean().item() / 2
                 of_glimpse[name] |= gaze(places[name], boxes)
         figures[f"glimpse {t}"] = of_glimpse
@@ -347,14 +354,14 @@ def report(figures: dict[str, Any], n_images: int, n_classes: int, machine: Mach
     for subject, of_subject in figures.items():
         for estimate, values in of_subject.items():
             shown = [utils.describe_accuracy(values["accuracy"], n_images)]
-            if estimate == "sampled trajectory":  # a mean over several, of which each is right on another number
+            if estimate == "sampled trajectory":  # a mean over trajectories, so that no count of images applies
                 shown = [f"{values['accuracy']:.1%} right"]
             shown += [f"{name} {value:.4f}" for name, value in values.items() if name not in hidden]
             machine.print(f"{subject:15}{estimate:20}" + "  ".join(shown))
 
 
 def multiply_adds(args: Namespace, source: dict[str, Any], n_classes: int, n_trajectories: int) -> list[int]:
-    """Multiplications, each with an addition, for one image, up to each prediction, with a backbone of this source."""
+    """Multiply-adds for one image, up to each prediction, of all networks together. source: that of the backbone."""
     with torch.device("meta"):
         model, costs = build_model(args, source, n_classes).eval(), []
         side = model.glimpse.canvas_size
@@ -499,8 +506,7 @@ def save_image(path: Path, image: Image.Image) -> None:
 
 def view_glimpses(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
     """Draw where the best classifier looks in test images that depend on the seed alone."""
-    images = dataset.read_list(args.data_dir, "test")
-    images = dataset.match_classes(images, checkpoint["data"]["class_names"], args.save_dir / FILES[0])
+    images, _ = dataset.list_test_images(args.data_dir, checkpoint, args.save_dir / FILES[0])
     if args.policy == "oracle":
         images = images.subset(i for i, annotation in enumerate(images.annotations) if annotation)
     images = images.subset(fixed_choice(len(images.files), args.n_samples, args.seed))
@@ -531,7 +537,7 @@ def predict(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> No
         try:
             prediction = classifier(file)
         except dataset.ImageError as error:
-            machine.print(f"passed over: {error}")
+            machine.print(f"skipped: {error}")
             continue
         save_image(path, classifier.draw(prediction, file.name))
         n_taken = f" after {len(prediction.location)} of {args.n_glimpses} glimpses" if args.stop_at < 1 else ""
@@ -546,7 +552,7 @@ def predict(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> No
         utils.write_table(args.imgs_dir / "predictions.csv", rows)
         machine.print(f"predictions: {args.imgs_dir / 'predictions.csv'}")
     if n_bad := len(files) - len(rows):
-        raise UserError(f"{n_bad} of {len(files)} images could not be read and were passed over")
+        raise UserError(f"{n_bad} of {len(files)} images could not be read and were skipped")
 
 
 def main(argv: list[str] | None = None) -> None:

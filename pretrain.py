@@ -1,7 +1,7 @@
-"""Fine-tune the backbone on concentric patches at three resolutions, as the glimpse network of main.py.
+"""Fine-tune the backbone on concentric patches at three resolutions, for the glimpses of main.py.
 
     python pretrain.py                                        # an ImageNet ResNet-50 on data/Original
-    python pretrain.py --batch_size 32 --lr 5e-5 --epochs 5   # on a laptop: 8 GB of memory, a first impression
+    python pretrain.py --batch_size 32 --lr 5e-5 --epochs 5   # on a laptop: 8 GB of memory, for a quick try
     python pretrain.py --resume_training=True                 # continue after the last finished epoch
     python pretrain.py --task=test                            # accuracy of the four heads on the test list
 
@@ -48,9 +48,11 @@ def make_parser() -> utils.Parser:
 
 
 def read_weights(weights: str, arch: str) -> Any:
-    """ImageNet weights (torchvision's version 1, as in 2018), or the content of a file. Raises UserError."""
+    """ImageNet weights (torchvision's version 1, as in 2018), or those of a file. Raises UserError."""
     if weights != "imagenet":
-        return utils.load_checkpoint(Path(weights), "--weights takes imagenet, none, or a file")
+        content = utils.load_checkpoint(Path(weights), "--weights takes imagenet, none, or a file")
+        is_nested = isinstance(content, dict) and "state_dict" in content  # as many other training scripts save it
+        return content["state_dict"] if is_nested else content
     try:
         return torchvision.models.get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=True)
     except Exception as error:  # of the network, or of a broken download
@@ -69,8 +71,6 @@ def load_initial_weights(backbone: nn.Sequential, weights: str, arch: str) -> di
     if isinstance(state, dict) and "model_dict" in state:
         utils.load_state(backbone.load_state_dict, state["model_dict"], where)
         return state
-    if isinstance(state, dict) and "state_dict" in state:  # as many other training scripts save it
-        state = state["state_dict"]
     utils.load_state(lambda state: load_resnet_weights(backbone, state), state, where)
     return {}
 
@@ -135,7 +135,7 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
     backbone, n_classes = build_backbone(args.arch), len(train_list.class_names)
     model = PretrainNetwork(backbone=backbone, n_classes=n_classes, patch_size=args.patch_size)
     if not last and load_initial_weights(model.backbone, args.weights, args.arch):
-        raise UserError(f"--weights {args.weights} is a backbone of this script: --resume_training goes on with one")
+        raise UserError(f"--weights {args.weights} is from this script: --resume_training continues a run")
     place(model, machine)
     optimizer = utils.make_optimizer(model.parameters())
     run.start(model, optimizer, {"model_dict": model.backbone, "heads": model.heads}, data=data)
@@ -163,7 +163,7 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
 
 
 def multiply_adds(args: Namespace, model: PretrainNetwork) -> dict[str, int]:
-    """Multiplications, each with an addition, that each head needs for one image, backbone passes included."""
+    """Multiply-adds of each head for one image, with its backbone passes. Moves the model to "meta": use it last."""
     model, side = model.to("meta").eval(), args.patch_size
     of_pass, cost = utils.multiply_adds(lambda: model.backbone(torch.empty(1, 3, side, side, device="meta"))), {}
     for head, (name, levels) in zip(model.heads, HEADS.items()):

@@ -1,12 +1,12 @@
 """Does it matter where a trained classifier looks? Test it at other places than those of its own gaze.
 
     python tests/controls.py --save_dir DIR                                  # a classifier of policy "learned"
-    python tests/controls.py --save_dir DIR --other predictions_center.csv   # and compare it with another one by dogs
+    python tests/controls.py --save_dir DIR --other predictions_center.csv   # also compare it with another
 
 The same network gets its glimpses at the places of its deterministic gaze, at those of another test image, at the mean
-of all its places, at the center of the image, and in the middle of the annotated dog. The differences in accuracy are
-paired, with their 95 % intervals; with annotations, also by thirds of the dog's size and of its distance from the
-center. Under --save_dir it writes predictions_learned_NAME.csv of each control.
+of all its places, at the center of the image and, with annotations, in the middle of the dog (without a box, at the
+center). The differences in accuracy are paired, with their 95 % intervals; with annotations, also by thirds of the
+dog's size and of its distance from the center. Under --save_dir it writes predictions_learned_NAME.csv of each control.
 """
 
 import sys
@@ -31,7 +31,7 @@ OWN = "own gaze"
 def make_parser() -> utils.Parser:
     """The flags of main.py that a test takes, and --other."""
     parser = classifier.make_parser()
-    parser.description = __doc__
+    parser.description, parser.epilog = __doc__, None
     parser.add_argument("--other", type=Path, help="predictions_*.csv of another classifier on the same images")
     return parser
 
@@ -39,13 +39,14 @@ def make_parser() -> utils.Parser:
 def places_of(own: Tensor, boxes: Tensor, seed: int) -> dict[str, Tensor]:
     """Where each control looks, like the own gaze [N, 1, T, 2]. boxes [N, n, 4]: of the dogs, the largest first."""
     shift = 1 + torch.randperm(len(own) - 1, generator=torch.Generator().manual_seed(seed))[0].item()
-    return {
+    places = {
         OWN: own,
         "gaze of another image": own.roll(shift, 0),  # at a random distance in the list: none keeps its own
         "mean place": own.mean(0, keepdim=True).expand_as(own),
         "center": torch.zeros_like(own),
-        "annotated dog": classifier.look_at(own, boxes, "oracle"),
     }
+    annotated = {"annotated dog": classifier.look_at(own, boxes, "oracle")}
+    return places | annotated if boxes.isfinite().any() else places
 
 
 def thirds(boxes: Tensor) -> dict[str, list[Tensor]]:
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     loader = dataset.make_loader(images, args, machine, model.glimpse.canvas_size)
     noise = torch.zeros(len(labels), 1, args.n_glimpses, 2)
     _, own, boxes = classifier.evaluate(net, loader, noise, "learned", machine, OWN)
-    right = {}
+    right, other_data = {}, utils.name_of_other_data(args, checkpoint)
     for name, places in places_of(own, boxes, args.seed).items():
 
         def predict(canvas: Tensor, _: Tensor, index: Tensor, places: Tensor = places) -> tuple[Tensor]:
@@ -93,8 +94,8 @@ def main(argv: list[str] | None = None) -> None:
 
         probabilities = utils.collect(predict, loader, machine, name)[0]  # [N, 1, C]
         right[name] = probabilities[:, 0].argmax(-1) == labels
-        path = args.save_dir / f"predictions_learned_{name.replace(' ', '_')}.csv"
-        write_predictions(path, images, probabilities, args.data_dir, name)
+        path = args.save_dir / f"predictions_learned_{name.replace(' ', '_')}{other_data}.csv"
+        write_predictions(path, args, images, probabilities, name)
     if args.other:
         table, _ = read_predictions(args.other, None)
         files = [str(file.relative_to(args.data_dir)) for file in images.files]

@@ -1,11 +1,11 @@
-"""Fine-tune a plain torchvision ResNet on whole images, as most would: the rival without glimpses.
+"""Fine-tune a plain torchvision ResNet on whole images: the standard rival without glimpses.
 
     python tests/finetune.py --batch_size 32 --epochs 5 --lr 5e-5 --smallest_crop 0.6      # ImageNet weights
-    python tests/finetune.py --data_dir DIR --weights resnet50.pth --save_dir DIR --image_size 224
+    python tests/finetune.py --data_dir DIR --weights resnet50.pth --save_dir DIR --image_size 224 --smallest_crop 0.6
 
-It has torchvision's transforms: random crops and flips in training; in tests the short side is resized to 8/7 of the
-image size, and the middle cut out. The epoch with the lowest NLL on the validation images is tested. Under --save_dir
-it writes NAME.json and predictions_NAME.csv: NAME is finetune_ARCH_SIZE.
+It uses torchvision's transforms: in training flips and random crops of at least --smallest_crop ** 2 of the area, in
+tests the short side resized to 8/7 of the image size and a center crop. The epoch with the lowest NLL on the validation
+images is tested. Under --save_dir it writes NAME.json and predictions_NAME.csv: NAME is finetune_ARCH_WEIGHTS_SIZE.
 """
 
 import copy
@@ -32,13 +32,13 @@ from dataset import N_BOXES, ImageList
 from glimpse import IMAGENET_MEAN, IMAGENET_STD
 from main import scores
 from model import ARCHITECTURES
-from utils import Machine
+from utils import Machine, UserError
 
 NAME = "fine-tuned ResNet"  # of the estimate
 
 
 def make_parser() -> utils.Parser:
-    """The flags of this script; of those it shares with main.py, --compile and resuming have no effect."""
+    """The flags of this script; --compile, --tensorboard, --overwrite and resuming have no effect."""
     parser = utils.Parser(__doc__)
     parser.add_shared_flags()
     network = parser.add_argument_group("network").add_argument
@@ -72,7 +72,8 @@ def make_loader(images: ImageList, args: Namespace, *, trains: bool) -> DataLoad
     to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     photos, generator = Photos(images, v2.Compose([*crop, *to_tensor])), torch.Generator().manual_seed(args.seed)
     workers = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}
-    return DataLoader(photos, args.batch_size, trains, drop_last=trains, generator=generator, **workers)
+    size = min(args.batch_size, len(images.files))  # so that drop_last leaves a batch
+    return DataLoader(photos, size, trains, drop_last=trains, generator=generator, **workers)
 
 
 def initial_network(args: Namespace, n_classes: int) -> nn.Module:
@@ -109,6 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     """Fine-tune, choose the epoch on the validation images, and test it."""
     args = make_parser().parse_args(argv)
     machine = utils.set_up_machine(args)
+    if machine.world_size > 1:
+        raise UserError("tests/finetune.py runs in one process: start it without torchrun")
     utils.prepare_folder(args.save_dir)
     train, valid, data = dataset.read_training_data(args, machine)
     test, n_seen = dataset.read_test_list(args, machine, {"data": data}, Path("the network"))
@@ -131,7 +134,15 @@ def main(argv: list[str] | None = None) -> None:
     pixels = torch.empty(1, 3, args.image_size, args.image_size, device="meta")
     cost = {NAME: utils.multiply_adds(lambda: model.to("meta")(pixels))}
     more = {"images_seen_in_training": n_seen, "multiply_adds": cost}
-    publish(args, machine, f"finetune_{args.arch}_{args.image_size}", NAME, test, probabilities, **more)
+    publish(
+        args,
+        machine,
+        f"finetune_{args.arch}_{Path(args.weights).stem}_{args.image_size}",
+        NAME,
+        test,
+        probabilities,
+        **more,
+    )
 
 
 if __name__ == "__main__":

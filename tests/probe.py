@@ -24,7 +24,7 @@ import pretrain
 import utils
 from dataset import ImageList
 from glimpse import normalize
-from main import prediction_row, scores, stopping_thresholds
+from main import estimate_rows, scores, stopping_thresholds
 from model import ARCHITECTURES, build_backbone
 from utils import Machine
 
@@ -33,7 +33,7 @@ NAME = "linear probe"  # of the estimate
 
 
 def make_parser() -> utils.Parser:
-    """The flags of this script; those of training have no effect."""
+    """The flags of this script; of those of training only --batch_size and --seed have an effect."""
     parser = utils.Parser(__doc__)
     parser.add_shared_flags()
     network = parser.add_argument_group("network").add_argument
@@ -56,7 +56,7 @@ def image_features(backbone: nn.Sequential, images: ImageList, args: Namespace, 
 
 
 def fit_probe(features: Tensor, labels: Tensor, n_classes: int, weight_decay: float) -> nn.Linear:
-    """Multinomial logistic regression of labels [N] on features [N, D], solved to the optimum."""
+    """Multinomial logistic regression of labels [N] on features [N, D], by up to 500 steps of L-BFGS."""
     probe = nn.Linear(features.shape[1], n_classes)
     nn.init.zeros_(probe.weight)
     nn.init.zeros_(probe.bias)
@@ -78,13 +78,10 @@ def probabilities_of(probe: nn.Linear, features: Tensor) -> Tensor:
     return probe(features).softmax(-1).unsqueeze(1)
 
 
-def write_predictions(path: Path, images: ImageList, probabilities: Tensor, data_dir: Path, estimate: str) -> None:
+def write_predictions(path: Path, args: Namespace, images: ImageList, probabilities: Tensor, estimate: str) -> None:
     """Write the predictions, with the columns of those of main.py. probabilities: [N, 1, C]."""
-    rows, names = [], images.class_names
-    for file, truth, [values] in zip(images.files, images.labels, probabilities):
-        row = {"file": file.relative_to(data_dir), "estimate": estimate, "true_class": names[truth]}
-        rows.append({**row, "true_probability": values[truth].item(), **prediction_row(values, names, None)})
-    utils.write_table(path, rows)
+    nowhere = torch.empty(len(probabilities), 0, 2)
+    utils.write_table(path, estimate_rows(args, images, estimate, probabilities[:, 0], nowhere))
 
 
 def publish(
@@ -100,7 +97,7 @@ def publish(
     machine.print(f"test:       {utils.describe_accuracy(figures['accuracy'], n_images)}")
     if machine.rank == 0:
         figures_path, table_path = args.save_dir / f"{name}.json", args.save_dir / f"predictions_{name}.csv"
-        write_predictions(table_path, test, probabilities, args.data_dir, estimate)
+        write_predictions(table_path, args, test, probabilities, estimate)
         utils.write_results(figures_path, args, machine, {subject: {estimate: figures}}, images=n_images, **more)
         machine.print(f"figures: {figures_path}, predictions: {table_path}")
 

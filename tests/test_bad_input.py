@@ -95,8 +95,8 @@ def test_broken_image_is_named_by_every_task(trained: list[str], tmp_path: Path,
                 assert re.fullmatch(wanted, line) and "--skip_bad_images" in line, (name, line)
             capsys.readouterr()
             line = refused(main, [*trained, "--task=predict", "--images", str(victim)], tmp_path)
-            assert line == "error: 1 of 1 images could not be read and were passed over"
-            assert capsys.readouterr().out.startswith(f"passed over: image {victim} cannot be read ("), name
+            assert line == "error: 1 of 1 images could not be read and were skipped"
+            assert capsys.readouterr().out.startswith(f"skipped: image {victim} cannot be read ("), name
         victim.write_bytes(whole)
 
 

@@ -349,7 +349,7 @@ def test_validation_images_are_central_crops_in_order(make_data) -> None:
     shards = [read_shard(rank, 3) for rank in range(3)]
     assert [len(shard) for shard in shards] == [2, 2, 2] and torch.equal(shards[1], canvas[1::3])
     assert [len(read_shard(rank, 4)) for rank in range(4)] == [2, 2, 1, 1]
-    with pytest.raises(UserError, match="or 6 images cannot feed 9 processes"):
+    with pytest.raises(UserError, match="or 6 images do not split over 9 processes"):
         read_shard(8, 9)
 
 

@@ -229,6 +229,8 @@ def test_folder_without_a_split_is_tested_whole(
     assert f"12 test images of {mixed}, " in printed
     if script is main:
         assert f"; all of {mixed} is for testing: none of it was trained on\n" in printed
+        main.main([*flags(trained, mixed), "--task=view_glimpses", "--imgs_dir", str(trained / "imgs")])
+        assert f"12 drawings in {trained / 'imgs'}; " in capsys.readouterr().out
     seen = read_training_lists(trained_once / "data", 0.3)[0].files[0]
     said = set()
     for i in range(9):

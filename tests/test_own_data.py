@@ -79,12 +79,12 @@ def test_every_layout_is_trained_and_tested(
         script.main([*argv, "--task=test"])
     tested = capsys.readouterr().out
 
-    rule = f"20% of each class in {data_dir / folders[0]} are the test set"
+    rule = f"20% of each class in {data_dir / folders[0]} is the test set"
     if len(folders) > 1:
         uses = ("train", "validate", "test") if len(folders) == 3 else ("train", "test")
         rule = ", ".join(f"{top}/ to {use}" for top, use in zip(folders, uses))
     assert printed.count(f"3 classes: red cat, cow, dog; {rule}") == 2 and f"; {rule}\n" in tested
-    held_out = "30% of each class are held out for validation"
+    held_out = "30% of each class is held out for validation"
     assert printed.count(held_out) == (0 if len(folders) == 3 else 2) and held_out not in tested
     lists = (*read_training_lists(data_dir, 0.3), read_list(data_dir, "test"))
     n_train, n_valid, n_test = (len(images.files) for images in lists)
@@ -205,7 +205,7 @@ def test_both_scripts_on_own_images(own_data: Path, tmp_path: Path, capsys: pyte
     assert following in printed.splitlines() and "\r" not in printed
     assert printed.count("3 classes: Red cat, Blue cat, Cow") == 2
     assert printed.count("9 training and 5 validation images") == 2
-    assert printed.count("; train/ to train, test/ to test; 30% of each class are held out for validation\n") == 2
+    assert printed.count("; train/ to train, test/ to test; 30% of each class is held out for validation\n") == 2
     assert "trained on other images" not in printed  # the backbone
     main.main([*shared, "--task=test", "--n_trajectories", "2"])
     predictions = read_log(out / "predictions_learned.csv")
@@ -664,7 +664,7 @@ def read_predictions(printed: str) -> dict[str, list[tuple[str, str]]]:
 def test_images_are_predicted_in_bulk(
     trained_once: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """A bad one in between is passed over, and the run ends with an error."""
+    """A bad one in between is skipped, and the run ends with an error."""
     (photos / "b" / "c" / "0.jpg").write_text("no image")
     wanted = [photos / name for name in ("b/1.jpg", "b/1.png", "b/c/2.JPG", "b/c/d/1.jpg", "a/1.jpg")]
     tables = {}
@@ -672,9 +672,9 @@ def test_images_are_predicted_in_bulk(
         imgs = tmp_path / batch_size
         given = ["--images", str(photos / "b"), str(photos / "a" / "1.jpg"), "--batch_size", batch_size]
         line = fails(main, predict(trained_once, imgs, *given))
-        assert line == "error: 1 of 6 images could not be read and were passed over"
+        assert line == "error: 1 of 6 images could not be read and were skipped"
         printed = capsys.readouterr().out
-        assert f"passed over: image {photos / 'b/c/0.jpg'} cannot be read (not an image)\n" in printed
+        assert f"skipped: image {photos / 'b/c/0.jpg'} cannot be read (not an image)\n" in printed
         assert f"predictions: {imgs / 'predictions.csv'}\n" in printed
         rows = tables[batch_size] = read_log(imgs / "predictions.csv")
         columns = ["file", "class_1", "probability_1", "class_2", "probability_2", "x_1", "y_1", "x_2", "y_2"]
@@ -754,8 +754,8 @@ def test_paths_that_are_missing_are_named_before_the_first_image(
     assert line == f"error: --images: not found, or without images: {photos / 'empty'}"
     assert not imgs.exists() and not capsys.readouterr().out
     line = fails(main, predict(trained_once, imgs, "--images", str(photos / "b" / "notes.txt")))
-    assert line == "error: 1 of 1 images could not be read and were passed over"
-    assert not imgs.exists() and capsys.readouterr().out.startswith(f"passed over: image {photos / 'b/notes.txt'} ")
+    assert line == "error: 1 of 1 images could not be read and were skipped"
+    assert not imgs.exists() and capsys.readouterr().out.startswith(f"skipped: image {photos / 'b/notes.txt'} ")
 
 
 def test_image_given_twice_is_no_error(trained_once: Path, photos: Path, tmp_path: Path) -> None:
@@ -791,7 +791,7 @@ def test_more_processes_than_images(tmp_path: Path) -> None:
     args, machine = flags_of(main, "--batch_size", "3"), utils.Machine(torch.device("cpu"), [], "fp32", 2, 3)
     images = ImageList([tmp_path / "a.jpg", tmp_path / "b.jpg"], [0, 1], ["a", "b"])
     for trains in (False, True):
-        with pytest.raises(utils.UserError, match="--batch_size 3 or 2 images cannot feed 3 processes alike"):
+        with pytest.raises(utils.UserError, match="--batch_size 3 or 2 images do not split over 3 processes"):
             dataset.make_loader(images, args, machine, 96, trains=trains)
 
 

@@ -137,10 +137,10 @@ def test_batches_that_cannot_be_divided(pretrain_args: list[str], make_data) -> 
     images = dataset.read_list(make_data(), "test")
     for trains in (True, False):
         args, machine = flags_of(pretrain, "--batch_size", "7"), CPU._replace(world_size=3)
-        with pytest.raises(utils.UserError, match="--batch_size 7 or 9 images cannot feed 3 processes alike"):
+        with pytest.raises(utils.UserError, match="--batch_size 7 or 9 images do not split over 3 processes"):
             dataset.make_loader(images, args, machine, 32, trains=trains)
         args, machine = flags_of(pretrain, "--batch_size", "21"), CPU._replace(rank=20, world_size=21)
-        with pytest.raises(utils.UserError, match="--batch_size 21 or 9 images cannot feed 21 processes alike"):
+        with pytest.raises(utils.UserError, match="--batch_size 21 or 9 images do not split over 21 processes"):
             dataset.make_loader(images, args, machine, 32, trains=trains)
     assert "BatchNorm needs two images for each GPU" in fails(pretrain, [*pretrain_args, "--batch_size", "1"])
 

@@ -12,6 +12,7 @@ import plot
 import probe
 import pytest
 import torch
+import torchvision
 import toy_table
 from conftest import ARCH, BACKBONE, CPU, SMALL, annotate, draw_image, fails, flags_of, read, read_log, write_list
 from matplotlib import pyplot
@@ -80,7 +81,7 @@ def test_probe_reads_what_is_there(colors: Path, tmp_path: Path, capsys: pytest.
     small, large = (result["multiply_adds"]["linear probe"] for result in results)
     assert 3.9 < large / small < 4.1
     refused = fails(pretrain, [*argv, "--weights", str(best), "--save_dir", str(tmp_path / "other")])
-    assert refused == f"error: --weights {best} is a backbone of this script: --resume_training goes on with one"
+    assert refused == f"error: --weights {best} is from this script: --resume_training continues a run"
 
     rows, test = read_log(out / f"predictions_{name}.csv"), dataset.read_list(colors, "test")
     assert list(rows[0]) == ["file", "estimate", "true_class", "true_probability", "class_1", "probability_1"] + [
@@ -140,7 +141,7 @@ def test_fine_tuning_learns_and_keeps_the_best_epoch(
     out = capsys.readouterr().out
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+);", out)]
     assert len(losses) == 6 and losses[-1] < losses[0]
-    name = f"finetune_{ARCH}_32"
+    name = f"finetune_{ARCH}_none_32"
     results, rows = json.loads((tmp_path / f"{name}.json").read_text()), read_log(tmp_path / f"predictions_{name}.csv")
     figures = results["figures"]["finetune"]["fine-tuned ResNet"]
     right = np.mean([row["class_1"] == row["true_class"] for row in rows])
@@ -149,8 +150,12 @@ def test_fine_tuning_learns_and_keeps_the_best_epoch(
     assert figures["nll"] == pytest.approx(nll, abs=1e-5)
     plot.main(["compare", *[str(tmp_path / f"predictions_{name}.csv")] * 2])
     assert "0.0" in capsys.readouterr().out
-    finetune.main([*argv, "--weights", "none", "--epochs", "0"])
-    assert "test: " in capsys.readouterr().out
+    for more in (["--epochs", "0"], ["--epochs", "1", "--batch_size", "5000"]):  # more than there are images
+        finetune.main([*argv, "--weights", "none", *more])
+        assert "test: " in capsys.readouterr().out
+    torch.save({"state_dict": torchvision.models.get_model(ARCH).state_dict()}, tmp_path / "of_another_script.pth")
+    finetune.main([*argv, "--weights", str(tmp_path / "of_another_script.pth"), "--epochs", "0"])
+    assert (tmp_path / f"predictions_finetune_{ARCH}_of_another_script_32.csv").exists()
 
 
 def test_results_of_a_probe_last_as_long_as_what_it_probed(colors: Path, tmp_path: Path) -> None:
@@ -496,6 +501,7 @@ def test_controls_give_no_image_its_own_gaze() -> None:
         assert torch.equal(other.flatten(1).sort(0).values, own.flatten(1).sort(0).values)
     assert torch.allclose(places["mean place"][3], own.mean(0)) and not places["center"].any()
     assert torch.equal(places["annotated dog"][0, 0], torch.tensor([[-0.5, 0.5]] * 2))
+    assert "annotated dog" not in controls.places_of(own, torch.full_like(boxes, torch.nan), 0)
 
 
 def test_controls_sort_dogs_into_thirds() -> None:
