@@ -112,7 +112,7 @@ def choose_font(size: int, *texts: str) -> tuple[ImageFont.FreeTypeFont, list[st
     """The first font with all characters of the texts, and the texts; without one, they are escaped, as in \\u67f4."""
     characters = set("".join(texts)) - set(" \n")
     for font in load_fonts(size):
-        missing = bytes(font.getmask("\U0010fffe"))  # not a character, so that it gives the glyph of missing ones
+        missing = bytes(font.getmask("\U0010fffe"))  # not a character, so it renders as a missing one
         if all(bytes(font.getmask(character)) != missing for character in characters):
             return font, list(texts)
     return load_fonts(size)[0], [text.encode("ascii", "backslashreplace").decode() for text in texts]
@@ -149,7 +149,7 @@ def draw_dogs(image: Image.Image, boxes: Tensor) -> Image.Image:
 
 
 def draw_attention(context: Image.Image, attention: Tensor) -> Image.Image:
-    """Copy the context and darken each of its c x c cells the less attention, of [c c], it gets; number quadrants."""
+    """Copy the context and darken each of its c x c cells the less attention, of [c c], it gets; label quadrants."""
     side = math.isqrt(len(attention))
     brightness = (0.3 + 0.7 * attention / attention.max()).view(1, 1, side, side)
     pixels = pil_to_tensor(context) * F.interpolate(brightness, context.width, mode="nearest-exact")[0]

@@ -31,8 +31,8 @@ class Backbone(nn.Sequential):
 
     def forward(self, patches: Tensor) -> Tensor:
         """[N, 3, P, P] -> [N, D, P/16, P/16]."""
-        has_backward = self.training or not torch.is_grad_enabled()  # oneDNN's eval-mode BatchNorm has no backward
-        if patches.device.type == "cpu" and has_backward and not torch.compiler.is_compiling():
+        is_possible = self.training or not torch.is_grad_enabled()  # oneDNN's eval-mode BatchNorm has no backward
+        if patches.device.type == "cpu" and is_possible and not torch.compiler.is_compiling():
             float32 = patches.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
             if float32 and torch.backends.mkldnn.is_available():
                 return super().forward(patches.to_mkldnn()).to_dense()
@@ -202,7 +202,7 @@ class BaselineNetwork(nn.Module):
 
 
 class Rollout(NamedTuple):
-    """M trajectories over each of B images. If the context is classified, this glance is the first of the T steps."""
+    """M trajectories over each of B images. If the context is classified, T counts this glance too, as the first."""
 
     logits: Tensor  # [B, M, T, C], of the breed, after each glimpse
     location: Tensor  # [B, M, T, 2], centers of the glimpses
@@ -284,8 +284,8 @@ class RecurrentAttention(nn.Module):
         pyramid = build_pyramid(canvas, self.glimpse.scales, self.glimpse.patch_size)
         if policy == "learned" or self.classify_context:
             V = self.glimpse.context(pyramid)  # [B, D, c, c]
-        else:  # a policy that looks at no context does not pay for one; its attention, of zeros, has no effect
-            V = torch.zeros(B, self.n_features, 2, 2, device=canvas.device)
+        else:  # no context is computed for a policy that does without; its attention, uniform, has no effect
+            V = torch.zeros(B, self.n_features, *[self.glimpse.cells] * 2, device=canvas.device)
         pooled = V.mean((2, 3)).unsqueeze(1).expand(-1, M, -1)  # [B, M, D]
         h_t = c_t = V.new_zeros(B * M, self.rnn.hidden_size)
         steps = []
@@ -307,9 +307,9 @@ class RecurrentAttention(nn.Module):
         return Rollout(*(torch.stack(values, dim=2) for values in zip(*steps)))
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Two groups of trainable parameters: all others, and the attention after the first glimpse.
+        """The trainable parameters: all but the attention after the first glimpse, and then those of that attention.
 
-        It has its own learning rate, because its score sums 1024 tanh units, all of which one Adam step can move in the
+        That has a learning rate of its own: its score sums 1024 tanh units, all of which one Adam step can move in the
         same direction. At a rate that suits the rest, the softmax can saturate early, with the location in a corner.
         """
         later = [parameter for name, parameter in self.locate.named_parameters() if not name.startswith("first.")]

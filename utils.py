@@ -101,7 +101,7 @@ N_WORKERS = max(1, min(N_CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and the commands of the script's docstring as they are."""
+    """Shows the defaults, but not where %(default)s ends a help text, and the docstring's commands as they are."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,11 +122,11 @@ class Parser(argparse.ArgumentParser):
         files("--valid_size", type=fraction, default=0.1, help="fraction of the training images to validate on")
         files("--skip_bad_images", **SWITCH, help="leave out images that cannot be read")
         training = self.add_argument_group("training").add_argument
-        training("--epochs", type=count, default=101, help="total epochs, before and after a resume; 0: save untrained")
+        training("--epochs", type=count, default=101, help="total epochs, counting resumed ones; 0: save untrained")
         training("--batch_size", type=positive_count, default=128, help="batch size over all GPUs and processes")
         training("--lr", type=positive, default=1e-4, help="learning rate of Adam")
         training("--lr_schedule", default="cosine", choices=["constant", "cosine"], help="learning-rate schedule")
-        training("--smallest_crop", type=fraction_or_one, default=1.0, help="smallest random crop, in short sides")
+        training("--smallest_crop", type=fraction_or_one, default=1.0, help="smallest random crop / short side")
         training("--seed", type=count, default=0, help="random seed")
         training("--resume_training", **SWITCH, help="continue after the last finished epoch")
         training("--overwrite", **SWITCH, help="replace an earlier run in --save_dir")
@@ -135,7 +135,7 @@ class Parser(argparse.ArgumentParser):
         machine("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: GPUs if there are any")
         machine("--gpus", type=gpu_list, default="", help="GPUs to use, such as 0,2; all if empty%(default)s")
         machine("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where it is fast")
-        machine("--compile", **SWITCH, help="compile the backbone: faster in bf16, after a minute")
+        machine("--compile", **SWITCH, help="compile the backbone: faster in bf16; takes a minute")
         machine("--num_workers", type=count, default=N_WORKERS, help="processes that load images")
 
 
@@ -149,7 +149,7 @@ def parse_flags(parser: Parser, argv: list[str] | None, files: tuple, network: t
     trains = args.task == "train"
     if trains and not args.resume_training:
         return args, None
-    hint = "there is no run to resume, leave --resume_training out" if trains else "train first, or see --save_dir"
+    hint = "there is no run to resume: leave --resume_training out" if trains else "train first, or see --save_dir"
     path = args.save_dir / files[1 if trains else 0]
     checkpoint = load_checkpoint(path, hint, "model_dict", "settings", "data", "epoch", "versions")
     parser.set_defaults(**checkpoint["settings"])  # texts, which argparse converts as it does those of the command line
@@ -258,7 +258,7 @@ def learning_rate(lr: float, schedule: str, epoch: int, epochs: int) -> float:
 
 
 def for_evaluation(net: nn.Module) -> nn.Module:
-    """The wrapped model in eval mode, whose `forward` waits for no other process: they may differ in batches."""
+    """The wrapped model in eval mode, whose `forward` waits for no other process: they may have more batches."""
     if isinstance(net, nn.parallel.DistributedDataParallel):
         net = net.module
         for buffer in net.buffers():  # statistics of BatchNorm, of which training gives each process its own
@@ -333,7 +333,7 @@ def collect(predict: Callable[..., tuple], loader: DataLoader, machine: Machine,
 
 
 def multiply_adds(function: Callable[[], Any]) -> int:
-    """Multiplications, each with an addition, of a call, as PyTorch counts them; on "meta", without computing."""
+    """Multiply-adds of a call (each two FLOPs), as PyTorch counts them; on "meta", without computing."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops() // 2
@@ -499,7 +499,7 @@ class Run:
         save_checkpoint(self.best_path, {**states, "epoch": epoch, "metrics": metrics, **self.stored})
 
     def save(self, epoch: int, score: float, model: nn.Module, optimizer: Optimizer, **metrics: Any) -> bool:
-        """Write an epoch (from 0) to all three files. Returns whether no score so far was lower."""
+        """Write an epoch (from 0), also as the best one if no earlier score is lower. Returns whether it is."""
         is_best, self.best_score = score <= self.best_score, min(score, self.best_score)
         row = {"epoch": epoch + 1}
         for part, value in metrics.items():  # numbers, or dicts of them
