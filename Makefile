@@ -16,7 +16,7 @@ TRAIN     = --data_dir $(TOY) --save_dir $(OUT) --batch_size 32 --lr 1e-3 --epoc
 demo: $(VENV)/.installed $(TOY)/lists/test_list.mat
 	$(RUN) pretrain.py $(TRAIN) --weights none --arch resnet18 --patch_size 32
 	$(RUN) main.py $(TRAIN) $(GLIMPSES) --epochs 0 --save_dir $(UNTRAINED) --backbone $(OUT)/pt_glimpse_model.tar
-	$(RUN) main.py $(TRAIN) $(GLIMPSES) --epochs 6
+	$(RUN) main.py $(TRAIN) $(GLIMPSES) --epochs 12
 	$(RUN) main.py --save_dir $(UNTRAINED) --task=view_glimpses --imgs_dir imgs/toy/before
 	$(RUN) main.py --save_dir $(OUT) --task=view_glimpses --imgs_dir imgs/toy
 	for policy in learned center random; do \
