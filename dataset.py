@@ -247,7 +247,7 @@ def split_list(images: ImageList, fraction: float, purpose: str, n_parts: int) -
     """Hold out a fraction of each class for a purpose. Returns (the rest, the images held out).
 
     Each image is held out or not by a hash of its own name, so that adding, removing or renaming one moves no other,
-    but in small classes: at least one is held out and n_parts - 1 kept. Copies count as one. Raises UserError for less.
+    but in small classes: at least one is held out, n_parts - 1 kept. Copies count as one. Raises UserError for fewer.
     """
     twins = first_twins(images.files)
     draws = {}

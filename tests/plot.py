@@ -307,10 +307,9 @@ def mcnemar(first: int, second: int) -> float:
 
 def paired(one: list[bool], other: list[bool]) -> tuple[float, float]:
     """The difference of two accuracies, given which answers of each are right, and half its 95 % interval."""
-    n, only_one = len(one), sum(a and not b for a, b in zip(one, other))
-    only_other = sum(b and not a for a, b in zip(one, other))
-    difference = (only_one - only_other) / n
-    return difference, 1.96 * math.sqrt(max(0.0, (only_one + only_other) / n - difference**2) / n)
+    n, differ = len(one), sum(a != b for a, b in zip(one, other))
+    difference = (sum(one) - sum(other)) / n
+    return difference, 1.96 * math.sqrt(max(0.0, differ / n - difference**2) / n)
 
 
 def print_comparison(paths: list[Path], estimates: list[str | None]) -> None:
