@@ -338,35 +338,31 @@ def read_image(path: str | Path, size: int, annotation: Path | None = None) -> t
     return upright, read_boxes(annotation, stored, orientation) if annotation else torch.empty(0, 4)
 
 
-class RandomCrop(NamedTuple):
-    """What a random crop is drawn from."""
+def choose_crop(width: int, height: int, seed: int | None = None, smallest: float = 1) -> tuple[int, int, int, bool]:
+    """Left, top and side in pixels of the central square or, with a seed, of a random one, and whether to mirror it.
 
-    seed: int
-    smallest: float  # side, as a fraction of the short side
-
-
-def choose_crop(width: int, height: int, draw: RandomCrop | None = None) -> tuple[int, int, int, bool]:
-    """Left, top and side in pixels of the central square, or of a smaller random one, and whether to mirror it."""
+    smallest: the side of the smallest random square, as a fraction of the short side.
+    """
     side = min(width, height)
-    if draw is None:
+    if seed is None:
         return (width - side) // 2, (height - side) // 2, side, False
-    rng = random.Random(draw.seed)
+    rng = random.Random(seed)
     flipped = rng.random() < 0.5
     # Fractions, not pixels, so that an image decoded at a smaller size is cropped at the same place.
-    x, y, scale = rng.random(), rng.random(), rng.uniform(draw.smallest, 1)
+    x, y, scale = rng.random(), rng.random(), rng.uniform(smallest, 1)
     side = max(1, round(side * scale))
     return int(x * (width - side + 1)), int(y * (height - side + 1)), side, flipped
 
 
 def crop_to_canvas(
-    image: Image.Image, boxes: Tensor, size: int, draw: RandomCrop | None = None
+    image: Image.Image, boxes: Tensor, size: int, seed: int | None = None, smallest: float = 1
 ) -> tuple[Tensor, Tensor]:
     """The crop of `choose_crop`, resized once: uint8 [3, size, size], and its boxes [N_BOXES, 4].
 
     boxes: [n, 4] in fractions of the image's sides; those returned are in fractions of the canvas side, clipped at its
     border, the largest first, filled up with NaN. Augmentation happens here only, so that boxes and glimpses agree.
     """
-    left, top, side, flipped = choose_crop(*image.size, draw)
+    left, top, side, flipped = choose_crop(*image.size, seed, smallest)
     square = pil_to_tensor(image.crop((left, top, left + side, top + side)))
     canvas = resize(square, [size, size])  # antialiased, as in Pillow, in half the time
     boxes = ((boxes * torch.tensor(image.size * 2) - torch.tensor([left, top] * 2)) / side).clamp(0, 1)
@@ -380,40 +376,40 @@ def crop_to_canvas(
 
 # --- loaders
 class ImageDataset(Dataset):
-    """Items (uint8 canvas [3, S, S], boxes [N_BOXES, 4], label, index) by index or by (index, RandomCrop)."""
+    """Items (uint8 canvas [3, S, S], boxes [N_BOXES, 4], label, index) by index or (index, seed of a random crop)."""
 
-    def __init__(self, images: ImageList, canvas_size: int) -> None:
-        self.images, self.canvas_size = images, canvas_size
+    def __init__(self, images: ImageList, canvas_size: int, smallest: float = 1) -> None:
+        self.images, self.canvas_size, self.smallest = images, canvas_size, smallest
 
     def __len__(self) -> int:
         return len(self.images.files)
 
-    def __getitem__(self, key: int | tuple[int, RandomCrop]) -> tuple[Tensor, Tensor, int, int]:
-        index, draw = (key, None) if isinstance(key, int) else key
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor, int, int]:
+        index, seed = (key, None) if isinstance(key, int) else key
         # A smaller crop needs more pixels of the image, or it would be enlarged.
-        size = math.ceil(self.canvas_size / draw.smallest) if draw else self.canvas_size
+        size = math.ceil(self.canvas_size / self.smallest)
         annotation = self.images.annotations[index] if self.images.annotations else None
         image, boxes = read_image(self.images.files[index], size, annotation)
-        return *crop_to_canvas(image, boxes, self.canvas_size, draw), self.images.labels[index], index
+        canvas, boxes = crop_to_canvas(image, boxes, self.canvas_size, seed, self.smallest)
+        return canvas, boxes, self.images.labels[index], index
 
 
 class TrainSampler(Sampler):
-    """Shuffled (index, RandomCrop) pairs of one process's shard of an epoch, all drawn from (seed, epoch).
+    """Shuffled (index, seed of its crop) pairs of one process's shard of an epoch, all drawn from (seed, epoch).
 
     Batch i over any number of processes holds the same images and crops. `n_images % world_size` images are left out.
     """
 
-    def __init__(self, n_images: int, seed: int, smallest_crop: float, *, rank: int = 0, world_size: int = 1) -> None:
-        self.n_images, self.seed, self.smallest_crop = n_images, seed, smallest_crop
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, n_images: int, seed: int, *, rank: int = 0, world_size: int = 1) -> None:
+        self.n_images, self.seed, self.rank, self.world_size = n_images, seed, rank, world_size
         self.epoch = 0
 
     def __len__(self) -> int:
         return self.n_images // self.world_size
 
-    def __iter__(self) -> Iterator[tuple[int, RandomCrop]]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         rng = random.Random(f"epoch {self.seed} {self.epoch}")
-        keys = [(index, RandomCrop(rng.getrandbits(32), self.smallest_crop)) for index in range(self.n_images)]
+        keys = [(index, rng.getrandbits(32)) for index in range(self.n_images)]
         rng.shuffle(keys)
         return iter(keys[self.rank :: self.world_size][: len(self)])
 
@@ -427,10 +423,10 @@ def make_loader(
         raise UserError(f"--batch_size {args.batch_size} or {n_images} images do not split over {world_size} processes")
     if "policy" in args and args.policy == "oracle" and not any(images.annotations):
         raise UserError(f"--policy oracle looks at annotated dogs: there are none in {args.data_dir}/Annotation")
-    sampler = TrainSampler(n_images, args.seed, args.smallest_crop, rank=rank, world_size=world_size)
+    sampler = TrainSampler(n_images, args.seed, rank=rank, world_size=world_size)
     order = sampler if trains else range(rank, n_images, world_size)
     return DataLoader(
-        ImageDataset(images, size),
+        ImageDataset(images, size, args.smallest_crop if trains else 1),
         batch_size=min(args.batch_size // world_size, len(order)),  # so that drop_last leaves a batch
         sampler=order,
         num_workers=args.num_workers,

@@ -90,7 +90,7 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """One pass over the training images. Returns means of the loss, its terms and other metrics."""
     net.train()
-    with utils.Meter(title, data, machine, optimizer) as meter:
+    with utils.Meter(title, data, machine) as meter:
         for (canvas, boxes, labels, _), eps in zip(data, noise.split(data.batch_size)):
             canvas = canvas.to(machine.device, non_blocking=True)  # [B, 3, S, S]
             labels = labels.to(machine.device, non_blocking=True)  # [B]
@@ -179,7 +179,6 @@ def validate(net: nn.Module, data: DataLoader, noise: Tensor, policy: str, machi
     labels = torch.tensor(data.dataset.images.labels)
     by_subject = measure(policy, probabilities, location, boxes, labels).values()
     figures, *after_each = (next(iter(of_subject.values())) for of_subject in by_subject)
-    del figures["interval"]
     for t, of_glimpse in zip(by_glimpse(probabilities, location), after_each):
         figures |= {f"{name}_{t}": value for name, value in of_glimpse.items()}
     return figures, stopping_thresholds(probabilities[:, :, :-1])
@@ -251,9 +250,9 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
         rates = {name: group["lr"] for name, group in zip(("lr", "attention_lr"), optimizer.param_groups)}
         seconds = time.perf_counter() - start
         figures = {"train": means, "valid": valid, **rates, "seconds": seconds}
-        best = " (best)" if run.save(epoch, valid["nll"], model, optimizer, **figures) else ""
+        is_best = run.save(epoch, valid["nll"], model, optimizer, **figures)
         scored = f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; valid {valid['accuracy']:.3f}"
-        machine.print(f"{title}: {scored}, NLL {valid['nll']:.3f}{best}; {seconds:.0f} s")
+        machine.print(f"{title}: {scored}, NLL {valid['nll']:.3f}{' (best)' if is_best else ''}; {seconds:.0f} s")
     machine.print(f"best classifier: {run.best_path}")
     skip = " --skip_bad_images" if args.skip_bad_images else ""
     machine.print(f"next: python main.py --task=test --save_dir {quote(str(args.save_dir))}{skip}")
@@ -321,8 +320,7 @@ def measure(policy: str, probabilities: Tensor, location: Tensor, boxes: Tensor,
     for t, of_all in by_glimpse(probabilities, location).items():
         places, of_glimpse = estimates(location[:, :, t - 1], policy), {}
         for name, answers in estimates(of_all, policy).items():
-            after = scores(answers, labels)
-            figures[f"policy {policy}"][name] = {**after, "interval": utils.interval(after["accuracy"], len(labels))}
+            figures[f"policy {policy}"][name] = after = scores(answers, labels)
             of_glimpse[name] = {"accuracy": after["accuracy"], "nll": after["nll"]}
             if t and not name.startswith("average"):  # of trajectories, each with a place of its own
                 of_glimpse[name]["distance_from_center"] = places[name].norm(dim=-1).mean().item() / 2
@@ -343,14 +341,13 @@ def stopping(probabilities: Tensor, labels: Tensor, thresholds: list[float], cos
         stops[:, -1] = True
         step = stops.int().argmax(1, keepdim=True)  # the first that stops
         accuracy, cost = correct.gather(1, step).mean().item(), torch.tensor(costs)[step].double().mean().item()
-        interval = utils.interval(accuracy, len(labels))
-        curve.append({"stop_at": threshold, "accuracy": accuracy, "interval": interval, "multiply_adds": cost})
+        curve.append({"stop_at": threshold, "accuracy": accuracy, "multiply_adds": cost})
     return curve
 
 
 def report(figures: dict[str, Any], n_images: int, n_classes: int, machine: Machine) -> None:
     """Print the figures of `measure`."""
-    hidden = ("accuracy", "interval") if n_classes > 5 else ("accuracy", "interval", "top5")
+    hidden = ("accuracy",) if n_classes > 5 else ("accuracy", "top5")
     for subject, of_subject in figures.items():
         for estimate, values in of_subject.items():
             shown = [utils.describe_accuracy(values["accuracy"], n_images)]

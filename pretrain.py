@@ -8,7 +8,6 @@
 Training writes pt_glimpse_model.tar (the best backbone), pt_last.tar (to resume from) and pt_log.csv under --save_dir.
 """
 
-import functools
 import statistics
 import time
 from argparse import Namespace
@@ -26,7 +25,7 @@ from torch.utils.data import DataLoader
 import dataset
 import utils
 from glimpse import STARTS, canvas_size
-from model import ARCHITECTURES, HEADS, PretrainNetwork, build_backbone, feature_size, load_resnet_weights
+from model import ARCHITECTURES, HEADS, PretrainNetwork, build_backbone, load_resnet_weights
 from utils import Machine, UserError
 
 FILES = ("pt_glimpse_model.tar", "pt_last.tar", "pt_log.csv", "pt_results*.json", "*probe_*_pt_glimpse_model_*")
@@ -98,7 +97,7 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """One pass over the training images. Returns the mean loss and the heads' accuracies."""
     net.train()
-    with utils.Meter(title, loader, machine, optimizer) as meter:
+    with utils.Meter(title, loader, machine) as meter:
         for canvas, _, labels, _ in loader:
             canvas = canvas.to(machine.device, non_blocking=True)  # [B, 3, S, S]
             labels = labels.to(machine.device, non_blocking=True)  # [B]
@@ -148,28 +147,16 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
         means = train_one_epoch(net, train_loader, optimizer, machine, title)
         valid = evaluate(net, valid_loader, machine, "validation")
         seconds = time.perf_counter() - start
-        figures = {"train": means, "valid": valid, "lr": lr, "seconds": seconds}
         # All heads count, since one on a few hundred images says little; NLL would also measure their calibration.
-        error = 1 - statistics.fmean(valid[f"accuracy_{name}"] for name in HEADS)
-        error = round(error, 6)  # or equal means could differ in their last bit
-        best = " (best)" if run.save(epoch, error, model, optimizer, **figures) else ""
+        error = round(1 - statistics.fmean(valid[f"accuracy_{name}"] for name in HEADS), 6)  # so that ties are ties
+        is_best = run.save(epoch, error, model, optimizer, train=means, valid=valid, lr=lr, seconds=seconds)
         heads = ", ".join(f"{name} {valid['accuracy_' + name]:.2f}" for name in HEADS)
         losses = f"loss {means['loss']:.3f}; valid {heads}, NLL {valid['nll']:.3f}"
-        machine.print(f"{title}: {losses}{best}; {seconds:.0f} s")
+        machine.print(f"{title}: {losses}{' (best)' if is_best else ''}; {seconds:.0f} s")
     machine.print(f"best backbone: {run.best_path}")
     folders = f"--data_dir {quote(str(args.data_dir))} --save_dir {quote(str(args.save_dir))}"
     skip = " --skip_bad_images" if args.skip_bad_images else ""
     machine.print(f"next: python main.py {folders} --valid_size {args.valid_size}{skip}")
-
-
-def multiply_adds(args: Namespace, model: PretrainNetwork) -> dict[str, int]:
-    """Multiply-adds of each head for one image, with its backbone passes. Moves the model to "meta": use it last."""
-    model, side = model.to("meta").eval(), args.patch_size
-    of_pass, cost = utils.multiply_adds(lambda: model.backbone(torch.empty(1, 3, side, side, device="meta"))), {}
-    for head, (name, levels) in zip(model.heads, HEADS.items()):
-        features = torch.empty(1, len(levels) * feature_size(model.backbone), device="meta")
-        cost[name] = len(levels) * of_pass + utils.multiply_adds(functools.partial(head, features))
-    return cost
 
 
 def test(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
@@ -188,9 +175,12 @@ def test(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
         machine.print(f"head {name:4} {utils.describe_accuracy(means['accuracy_' + name], n_images)}")
     if machine.rank == 0:
         path = args.save_dir / f"pt_results{utils.name_of_other_data(args, checkpoint)}.json"
-        accuracies = {name: means[f"accuracy_{name}"] for name in HEADS}
-        heads = {name: {"accuracy": x, "interval": utils.interval(x, n_images)} for name, x in accuracies.items()}
-        more = {"images": n_images, "images_seen_in_training": n_seen, "multiply_adds": multiply_adds(args, model)}
+        with torch.device("meta"):
+            net, patch = build_backbone(args.arch).eval(), torch.empty(1, 3, args.patch_size, args.patch_size)
+        of_pass = utils.multiply_adds(lambda: net(patch))
+        cost = {name: len(levels) * of_pass for name, levels in HEADS.items()}  # a head itself adds 0.1 %
+        heads = {name: {"accuracy": means[f"accuracy_{name}"]} for name in HEADS}
+        more = {"images": n_images, "images_seen_in_training": n_seen, "multiply_adds": cost}
         utils.write_results(path, args, machine, {"heads": heads}, **more)
         machine.print(f"figures: {path}")
 

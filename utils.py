@@ -270,24 +270,21 @@ def for_evaluation(net: nn.Module) -> nn.Module:
 class Meter(tqdm):
     """Progress in images of all processes, as a bar or, without a terminal, a line a minute; and means over images."""
 
-    def __init__(self, title: str, loader: DataLoader, machine: Machine, optimizer: Optimizer | None = None) -> None:
+    def __init__(self, title: str, loader: DataLoader, machine: Machine) -> None:
         n_images = min(len(loader.dataset), len(loader) * loader.batch_size * machine.world_size)
         hidden = True if machine.rank else None  # None: where standard error is not a terminal
         super().__init__(total=n_images, desc=title, unit=" images", leave=False, disable=hidden)
-        self.title, self.machine, self.optimizer = title, machine, optimizer
+        self.title, self.machine = title, machine
         self.sums: dict[str, float] = {}
-        self.n_images = self.n_steps = 0
+        self.n_images = 0
         self.start = self.last_line = time.monotonic()
 
     def update(self, n_images: int, **means: Tensor) -> None:
         """Add a batch, given its size and means over it. Raises UserError if one of these is not finite."""
         self.n_images += n_images
-        self.n_steps += 1
         values = torch.stack([mean.detach() for mean in means.values()]).tolist() if means else []
         if not all(map(math.isfinite, values)):
-            rates = " and ".join(dict.fromkeys(f"{group['lr']:.3g}" for group in self.optimizer.param_groups))
-            step = f"{self.title}, step {self.n_steps}"
-            raise UserError(f"{step}: the loss is not finite at learning rate {rates}: lower it")
+            raise UserError(f"{self.title}: the loss is not finite: lower the learning rate")
         for name, value in zip(means, values):
             self.sums[name] = self.sums.get(name, 0.0) + value * n_images
         self.set_postfix_str(f"loss {self.sums['loss'] / self.n_images:.3f}" if means else "", refresh=False)
@@ -339,18 +336,13 @@ def multiply_adds(function: Callable[[], Any]) -> int:
     return counter.get_total_flops() // 2
 
 
-def interval(accuracy: float, n_images: int) -> tuple[float, float]:
-    """The 95 % confidence interval of an accuracy on n images (Wilson 1927)."""
-    z = 1.96
-    center = (accuracy + z**2 / (2 * n_images)) / (1 + z**2 / n_images)
-    spread = z * math.sqrt(accuracy * (1 - accuracy) / n_images + z**2 / (4 * n_images**2)) / (1 + z**2 / n_images)
-    return center - spread, center + spread
-
-
 def describe_accuracy(accuracy: float, n_images: int) -> str:
-    """An accuracy in words, with its confidence interval."""
-    low, high = interval(accuracy, n_images)
-    return f"{accuracy:.1%} right ({accuracy * n_images:.0f} of {n_images:,}; 95 %: {low:.0%} to {high:.0%})"
+    """An accuracy in words, with its 95 % confidence interval (Wilson 1927)."""
+    from scipy.stats import binomtest  # takes a second to import
+
+    n_right = round(accuracy * n_images)
+    low, high = binomtest(n_right, n_images).proportion_ci(method="wilson")
+    return f"{accuracy:.1%} right ({n_right:,} of {n_images:,}; 95 %: {low:.0%} to {high:.0%})"
 
 
 # --- files
@@ -448,10 +440,9 @@ def print_opening(args: Namespace, machine: Machine, model: nn.Module, data: str
     total = sum(p.numel() for p in model.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     place = f"GPUs {machine.gpus}" if machine.gpus else f"CPU with {torch.get_num_threads()} threads"
-    chosen = " (the fastest that the hardware has)" if args.precision == "auto" else ""
     machine.print(f"data:    {data}")
     network = f"{total:.1f} M parameters, {trained:.1f} M of them trained"
-    machine.print(f"network: {network}; {place}, processes: {machine.world_size}, {machine.precision}{chosen}")
+    machine.print(f"network: {network}; {place}, processes: {machine.world_size}, {machine.precision}")
     machine.print(f"flags:   {' '.join(f'{k}={x}' for k, x in vars(args).items() if k not in OF_COMMAND)}")
 
 

@@ -89,7 +89,7 @@ def initial_network(args: Namespace, n_classes: int) -> nn.Module:
 def train_one_epoch(net: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, machine: Machine) -> float:
     """One pass over the training images. Returns the mean loss."""
     net.train()
-    with utils.Meter("training", loader, machine, optimizer) as meter:
+    with utils.Meter("training", loader, machine) as meter:
         for images, _, labels, _ in loader:
             logits = net(images.to(machine.device, memory_format=torch.channels_last))  # [B, C]
             loss = F.cross_entropy(logits.float(), labels.to(machine.device))

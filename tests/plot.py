@@ -43,8 +43,12 @@ class Rival(NamedTuple):
     detail: str
     multiply_adds: int  # per image
     accuracy: float
-    interval: tuple[float, float]
     n_images: int
+
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval of the accuracy (Wilson 1927)."""
+        low, high = binomtest(round(self.accuracy * self.n_images), self.n_images).proportion_ci(method="wilson")
+        return float(low), float(high)
 
 
 def draw_curves(folders: list[Path], pyplot: Any) -> Any:
@@ -106,8 +110,8 @@ def read_rivals(folders: list[Path]) -> list[Rival]:
             for estimate, figures in of_subject.items() if kind != "glimpse" else ():
                 name = f"{curve}, {estimate}" if kind == "policy" and estimate != "deterministic" else curve
                 what = f"head {estimate}, {detail}" if kind == "heads" else detail
-                cost, accuracy = content["multiply_adds"][estimate], figures["accuracy"]
-                rivals.append(Rival(family, name, label, what, cost, accuracy, figures["interval"], content["images"]))
+                cost = content["multiply_adds"][estimate]
+                rivals.append(Rival(family, name, label, what, cost, figures["accuracy"], content["images"]))
     if not rivals:
         sys.exit(f"error: no results_*.json or probe_*.json below {', '.join(map(str, folders))}: test or probe first")
     return sorted(rivals, key=lambda rival: (rival.curve, rival.multiply_adds, rival.detail))
@@ -167,13 +171,13 @@ def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
     rivals = read_rivals(folders)
     print("| | | billions of multiply-adds per image | accuracy in % | 95 % interval |\n|---|---|---|---|---|")
     for rival in rivals:
-        low, high = (100 * edge for edge in rival.interval)
+        low, high = (100 * edge for edge in rival.interval())
         cells = f"{rival.multiply_adds / 1e9:.1f} | {100 * rival.accuracy:.1f} | {low:.1f} to {high:.1f}"
         print(f"| {rival.curve} | {rival.detail} | {cells} |")
     figure, panel = pyplot.subplots(figsize=(9, 6), layout="constrained")
     rivals, labeled = list(filter(is_drawn, rivals)), []
     for rival, cost in zip(rivals, side_by_side(rivals)):
-        low, high = (100 * edge for edge in rival.interval)
+        low, high = (100 * edge for edge in rival.interval())
         color, height = HUES[rival.family], 100 * rival.accuracy
         panel.errorbar(cost, height, [[height - low], [high - height]], elinewidth=0.6, color=color, alpha=0.4)
         panel.plot(cost, height, MARKERS[rival.family], color=color)
@@ -222,10 +226,10 @@ def draw_law(folders: list[Path], pyplot: Any) -> Any:
     for (family, name), points in sorted(lines.items(), key=lambda item: costs[item[0][1]]):
         points.sort(key=lambda point: point[0])
         for scale, rival in points:
-            low, high = (100 * edge for edge in rival.interval)
+            low, high = (100 * edge for edge in rival.interval())
             print(f"| {name} | {costs[name]:.1f} | {scale:g} | {100 * rival.accuracy:.1f} | {low:.1f} to {high:.1f} |")
         scales, heights = zip(*((scale, 100 * rival.accuracy) for scale, rival in points))
-        edges = zip(*([100 * abs(rival.accuracy - edge) for edge in rival.interval] for _, rival in points))
+        edges = zip(*([100 * abs(rival.accuracy - edge) for edge in rival.interval()] for _, rival in points))
         style = {"marker": MARKERS[family], "linewidth": 1.2, "elinewidth": 0.6, "color": HUES[family]}
         panel.errorbar(scales, heights, list(edges), linestyle=":" if name == "oracle" else "-", **style)
         label = f"{name}: {costs[name]:.1f} "

@@ -93,7 +93,6 @@ def publish(
     """
     n_images, subject = len(test.files), name.partition("_")[0]
     figures = scores(probabilities, torch.tensor(test.labels))
-    figures["interval"] = utils.interval(figures["accuracy"], n_images)
     machine.print(f"test:       {utils.describe_accuracy(figures['accuracy'], n_images)}")
     if machine.rank == 0:
         figures_path, table_path = args.save_dir / f"{name}.json", args.save_dir / f"predictions_{name}.csv"

@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageDraw
 
 import dataset
 import main
-from dataset import ImageList, RandomCrop, TrainSampler, make_loader, read_list, split_list
+from dataset import ImageList, TrainSampler, make_loader, read_list, split_list
 from glimpse import build_pyramid, extract_patches
 from utils import UserError
 
@@ -25,9 +25,9 @@ def load(path: Path, size: int = 32, decoded_for: int = WHOLE) -> np.ndarray:
     return dataset.crop_to_canvas(*dataset.read_image(path, decoded_for), size)[0].permute(1, 2, 0).numpy()
 
 
-def crop(image: Image.Image, size: int, draw: RandomCrop | None = None) -> torch.Tensor:
+def crop(image: Image.Image, size: int, *draw: float) -> torch.Tensor:
     """The canvas of an image without boxes."""
-    return dataset.crop_to_canvas(image, NO_BOXES, size, draw)[0]
+    return dataset.crop_to_canvas(image, NO_BOXES, size, *draw)[0]
 
 
 def test_list_in_the_official_format(make_data) -> None:
@@ -200,7 +200,7 @@ def test_random_crops_lie_inside_the_image_and_half_are_flipped(tmp_path: Path) 
     assert central[0, 0, [0, -1]].tolist() == [75, 124]
     starts, mirrored = [], []
     for seed in range(200):
-        row = crop(ramp, 50, RandomCrop(seed, 1))[0, 0].int()
+        row = crop(ramp, 50, seed)[0, 0].int()
         assert (row.diff() == 1).all() or (row.diff() == -1).all()
         starts.append(row.min().item())
         mirrored.append(bool(row[0] > row[-1]))
@@ -215,8 +215,8 @@ def test_smaller_random_crops_are_squares_of_any_size_down_to_the_smallest() -> 
     ramp = Image.fromarray(np.stack([across, down, down], axis=-1))  # a pixel names its place
     sides, seen = [], np.zeros((100, 200), dtype=bool)
     for seed in range(300):
-        left, top, side, flipped = dataset.choose_crop(200, 100, RandomCrop(seed, 0.5))
-        canvas = crop(ramp, side, RandomCrop(seed, 0.5))
+        left, top, side, flipped = dataset.choose_crop(200, 100, seed, 0.5)
+        canvas = crop(ramp, side, seed, 0.5)
         x, y = canvas[0].flip(-1) if flipped else canvas[0], canvas[1]
         assert (x == torch.arange(left, left + side)).all()
         assert (y[:, 0] == torch.arange(top, top + side)).all()
@@ -228,7 +228,7 @@ def test_smaller_random_crops_are_squares_of_any_size_down_to_the_smallest() -> 
         and 73 < np.mean(sides) < 77
         and seen[3:-3, 3:-3].mean() > 0.99
     )
-    assert {dataset.choose_crop(200, 100, RandomCrop(seed, 1))[2] for seed in range(20)} == {100}
+    assert {dataset.choose_crop(200, 100, seed)[2] for seed in range(20)} == {100}
     assert dataset.choose_crop(200, 100) == (50, 0, 100, False)
 
 
@@ -252,18 +252,17 @@ def test_boxes_and_pixels_of_random_crops_agree(orientation: int, tmp_path: Path
     annotate(tmp_path, {file: boxes}, *stored.size)
     annotation = tmp_path / "Annotation" / "breed" / "dog"
     assert max(dataset.read_image(file, 120)[0].size) == 200
-    items = dataset.ImageDataset(ImageList([file], [0], ["breed"], annotations=[annotation]), 72)
+    items = dataset.ImageDataset(ImageList([file], [0], ["breed"], annotations=[annotation]), 72, 0.6)
     n_visible, flips = [], set()
     for seed in range(12):
-        draw = RandomCrop(seed, 0.6)
-        canvas, found, *_ = items[0, draw]
+        canvas, found, *_ = items[0, seed]
         seen = torch.stack([extent(dog) for dog in canvas > 127 if dog.any()])
         assert found.shape == (dataset.N_BOXES, 4) and found[len(seen) :].isnan().all(), seed
         agree = (found[: len(seen)].unsqueeze(1) - seen).abs().amax(-1) < 0.02  # each box with the pixels of each dog
         assert (agree.sum(0) == 1).all() and (agree.sum(1) == 1).all(), seed
         assert ((found[: len(seen), 2:] - found[: len(seen), :2]).prod(1).diff() <= 0).all(), seed
         n_visible.append(len(seen))
-        flips.add(dataset.choose_crop(800, 600, draw)[3])
+        flips.add(dataset.choose_crop(800, 600, seed)[3])
     assert flips == {False, True} and set(n_visible) >= {2, 3}
 
 
@@ -288,9 +287,9 @@ def test_jpegs_keep_the_pixels_of_small_crops(tmp_path: Path, monkeypatch: pytes
     draw_image(np.random.default_rng(0), 800, 800).save(tmp_path / "large.jpg")
     sizes, real = [], dataset.crop_to_canvas
     monkeypatch.setattr(dataset, "crop_to_canvas", lambda image, *rest: sizes.append(image.size) or real(image, *rest))
-    items = dataset.ImageDataset(ImageList([tmp_path / "large.jpg"], [0], ["a"]), 96)
     for smallest in (1, 0.5, 0.2):
-        assert items[0, RandomCrop(0, smallest)][0].shape == (3, 96, 96)
+        items = dataset.ImageDataset(ImageList([tmp_path / "large.jpg"], [0], ["a"]), 96, smallest)
+        assert items[0, 0][0].shape == (3, 96, 96)
     assert sizes == [(100, 100), (200, 200), (800, 800)]
 
 
@@ -406,8 +405,8 @@ def test_an_epoch_depends_on_seed_and_epoch_alone(make_data, num_workers: int) -
 
 
 def test_shards_of_processes_form_the_same_batches() -> None:
-    whole = list(TrainSampler(11, 3, 0.7))
-    shards = [list(TrainSampler(11, 3, 0.7, rank=rank, world_size=2)) for rank in range(2)]
+    whole = list(TrainSampler(11, 3))
+    shards = [list(TrainSampler(11, 3, rank=rank, world_size=2)) for rank in range(2)]
     assert [len(shard) for shard in shards] == [5, 5]
     assert set(shards[0][:2] + shards[1][:2]) == set(whole[:4])  # two batches of 2 are the batch of 4
     assert len(set(shards[0] + shards[1])) == 10

@@ -209,8 +209,7 @@ def test_loss_that_is_not_finite_stops_training(
 
     monkeypatch.setattr(script, losses[script], second_is_infinite)
     line = fails(script, [*argv, "--resume_training", "--lr", "0.003", "--epochs", "2"])
-    rates = "0.0015 and 5e-05" if script is main else "0.0015"  # halfway down the cosine
-    assert line.startswith(f"error: epoch 2/2, step 2: the loss is not finite at learning rate {rates}: "), line
+    assert line == "error: epoch 2/2: the loss is not finite: lower the learning rate"
     assert n_calls == 2 and {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -227,13 +226,11 @@ def test_network_that_is_not_finite_is_not_saved(flags, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_first_step_that_is_not_finite_is_named(value: float) -> None:
     loader = torch.utils.data.DataLoader(range(40), batch_size=4)
-    groups = [{"params": [torch.zeros(1)], "lr": lr} for lr in (0.5, 0.25, 0.5)]
-    with utils.Meter("epoch 7/9", loader, CPU, torch.optim.SGD(groups)) as meter:
+    with utils.Meter("epoch 7/9", loader, CPU) as meter:
         meter.update(4, loss=torch.tensor(1.0), accuracy=torch.tensor(0.5))
         meter.update(4, loss=torch.tensor(2.0), accuracy=torch.tensor(1.0))
         assert meter.means() == {"loss": 1.5, "accuracy": 0.75}
-        message = r"epoch 7/9, step 3: the loss is not finite at learning rate 0\.5 and 0\.25: "
-        with pytest.raises(utils.UserError, match=message):
+        with pytest.raises(utils.UserError, match="epoch 7/9: the loss is not finite: "):
             meter.update(4, loss=torch.tensor(value), accuracy=torch.tensor(1.0))
 
 

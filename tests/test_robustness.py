@@ -254,7 +254,7 @@ def test_boxes_follow_the_augmented_crop(seed: int, tmp_path: Path) -> None:
     annotate(tmp_path, {file: [(40, 25, 41, 26), (38, 20, 50, 40), (0, 0, 1, 1)]}, 90, 60)
     images = dataset.read_list(tmp_path, "all")
     image, boxes = dataset.read_image(file, 120, images.annotations[0])
-    canvas, boxes = dataset.crop_to_canvas(image, boxes, 120, dataset.RandomCrop(seed, 0.8))
+    canvas, boxes = dataset.crop_to_canvas(image, boxes, 120, seed, 0.8)
     bright = canvas[0] > 127
     rows, columns = bright.any(1).nonzero().flatten(), bright.any(0).nonzero().flatten()
     seen = torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / 120

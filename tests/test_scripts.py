@@ -39,7 +39,7 @@ import dataset
 import main
 import pretrain
 import utils
-from model import HEADS, PretrainNetwork, build_backbone, feature_size, fold_batchnorm
+from model import HEADS, PretrainNetwork, build_backbone, fold_batchnorm
 
 ROOT = Path(__file__).parent.parent
 
@@ -162,8 +162,7 @@ def test_heads_are_tested_as_they_were_saved(
     assert results["figures"]["heads"]["23"]["accuracy"] == pytest.approx(4 / 9) and results["images"] == 9
     backbone = build_backbone(ARCH)
     of_pass = utils.multiply_adds(lambda: backbone(torch.zeros(1, 3, 32, 32)))
-    of_head = 3 * feature_size(backbone) * 1024 + 1024 * 3
-    assert results["multiply_adds"]["123"] == 3 * of_pass + of_head
+    assert results["multiply_adds"] == {"12": 2 * of_pass, "13": 2 * of_pass, "23": 2 * of_pass, "123": 3 * of_pass}
     assert "--arch" in fails(pretrain, [*given, "--arch", "resnet34"])
     torch.save({key: value for key, value in checkpoint.items() if key != "heads"}, path)
     message = fails(pretrain, given)
@@ -431,8 +430,6 @@ def test_each_policy_has_tables_of_its_own(main_args: list[str], save_dir: Path,
             assert figures["accuracy"] == pytest.approx(sum(correct) / 9, abs=1e-4)
             figures_written = results["figures"][f"policy {policy}"][estimate]
             assert figures_written["accuracy"] == pytest.approx(sum(correct) / 9)
-            low, high = figures_written["interval"]
-            assert 0 <= low < sum(correct) / 9 + 1e-9 and sum(correct) / 9 - 1e-9 < high <= 1
             per_class = [
                 sum(row["class_1"] == name for row in mine if row["true_class"] == name) / names.count(name)
                 for name in classes_of
