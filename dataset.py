@@ -246,8 +246,8 @@ def first_twins(files: list[Path]) -> list[Path]:
 def split_list(images: ImageList, fraction: float, purpose: str, n_parts: int) -> tuple[ImageList, ImageList]:
     """Hold out a fraction of each class for a purpose. Returns (the rest, the images held out).
 
-    Each image is held out or not by a hash of its own name, so that adding, removing or renaming one moves no other,
-    but in small classes: at least one is held out, n_parts - 1 kept. Copies count as one. Raises UserError for fewer.
+    They are chosen by a hash of the names of folder and file, so that adding or removing an image moves no other, but
+    in small classes: at least one is held out, n_parts - 1 kept. Copies count as one. Raises UserError for fewer.
     """
     twins = first_twins(images.files)
     draws = {}
@@ -388,8 +388,7 @@ class ImageDataset(Dataset):
         index, seed = (key, None) if isinstance(key, int) else key
         # A smaller crop needs more pixels of the image, or it would be enlarged.
         size = math.ceil(self.canvas_size / self.smallest)
-        annotation = self.images.annotations[index] if self.images.annotations else None
-        image, boxes = read_image(self.images.files[index], size, annotation)
+        image, boxes = read_image(self.images.files[index], size, self.images.annotations[index])
         canvas, boxes = crop_to_canvas(image, boxes, self.canvas_size, seed, self.smallest)
         return canvas, boxes, self.images.labels[index], index
 
@@ -433,7 +432,6 @@ def make_loader(
         drop_last=drop_last,
         pin_memory=machine.device.type == "cuda",
         persistent_workers=args.num_workers > 0,
-        generator=torch.Generator().manual_seed(0),  # seeds the workers only; augmentation depends on the order alone
     )
 
 
@@ -506,7 +504,7 @@ def read_training_data(args: Namespace, machine: Machine, last: dict | None = No
     return train, valid, data
 
 
-def seen_by(data: dict[str, Any], parts: tuple[str, ...]) -> set[int]:
+def seen_by(data: dict[str, Any], parts: tuple[str, ...] = ("training", "validation")) -> set[int]:
     """Fingerprints of the "training" or "validation" images in a checkpoint's data."""
     return {number for part in parts if part in data for number in data[part]["fingerprints"]}
 
@@ -525,8 +523,7 @@ def list_test_images(data_dir: Path, checkpoint: dict[str, Any], path: Path) -> 
 
     Of data without a split, all images are for testing if it has seen none. Raises UserError, also if there are none.
     """
-    parts = ("training", "validation")
-    seen = seen_by(checkpoint["data"], parts) | seen_by(checkpoint.get("backbone", {}).get("data", {}), parts)
+    seen = seen_by(checkpoint["data"]) | seen_by(checkpoint.get("backbone", {}).get("data", {}))
     images = read_list(data_dir, "all")
     if any(fingerprint_of(file) in seen for file in images.files) or not images.files:
         images = read_list(data_dir, "test")

@@ -31,8 +31,7 @@ GAP, LINE = 8, 22  # of a panel, in pixels: between its parts, and the height of
 def patch_scales(k: int, start_size: int) -> tuple[int, ...]:
     """Scales of the k concentric patches, finest first: start_size * 2^i. Raises ValueError if one is not 1, 2 or 4."""
     if k < 1 or start_size not in STARTS or start_size * 2 ** (k - 1) > FULL_SCALE:
-        valid = "(1, 1), (2, 1), (3, 1), (1, 2), (2, 2) or (1, 4)"
-        raise ValueError(f"k {k} with start_size {start_size} is not valid: (k, start_size) must be {valid}")
+        raise ValueError(f"k {k} with start_size {start_size} is not (1, 1), (2, 1), (3, 1), (1, 2), (2, 2) or (1, 4)")
     return tuple(start_size * 2**i for i in range(k))
 
 

@@ -32,7 +32,7 @@ import pretrain
 import utils
 from dataset import ImageList
 from glimpse import STARTS, draw_contact_sheet, draw_panel, inside, patch_boxes
-from model import POLICIES, SUPERVISIONS, RecurrentAttention, Rollout, attention_loss, build_backbone, rewards
+from model import POLICIES, RecurrentAttention, Rollout, attention_loss, build_backbone, rewards
 from utils import Machine, UserError
 
 FILES = ("saved_model.tar", "last.tar", "log.csv", "results_*.json", *(f"predictions_{name}*.csv" for name in POLICIES))
@@ -45,16 +45,15 @@ N_ON_SHEET = 40  # images on the contact sheet
 def make_parser() -> utils.Parser:
     """The flags of this script."""
     parser = utils.Parser(__doc__)
-    tasks = ["train", "test", "view_glimpses", "predict"]
-    parser.add_argument("--task", default="train", choices=tasks, help="what to do")
+    parser.add_argument("--task", default="train", choices=["train", "test", "view_glimpses", "predict"], help="task")
     parser.add_shared_flags()
     training = parser.add_argument_group("training of the classifier").add_argument
     training("--backbone", default="", help="file of pretrain.py; if empty, the one in --save_dir%(default)s")
     training("--attention_lr", type=utils.positive, default=1e-4, help="learning rate of the attention after glimpse 1")
-    training("--supervision", default="each", choices=SUPERVISIONS, help="train every prediction or only the last")
+    training("--supervision", default="each", choices=["each", "last"], help="train every prediction or only the last")
     network = parser.add_argument_group("network").add_argument
     network("--k", type=utils.positive_count, default=2, help="patches per glimpse")
-    network("--start_size", type=int, default=2, choices=STARTS, help="side of the finest patch, in quarters")
+    network("--start_size", type=int, default=2, choices=STARTS, help="finest patch's side, in quarters of the image")
     network("--n_glimpses", type=utils.positive_count, default=1, help="glimpses per image")
     network("--rnn_hidden", type=utils.positive_count, default=2048, help="hidden units of the LSTM")
     network("--std_dev", type=utils.positive, default=0.2, help="standard deviation of the location, before tanh")
@@ -225,13 +224,10 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
     run = utils.Run(args, machine, FILES, last)
     train_list, valid_list, data = dataset.read_training_data(args, machine, last)
     weights, source = (None, last["backbone"]) if last else read_backbone(args, valid_list)
-    if dataset.seen_by(source["data"], ("training",)) != dataset.seen_by(data, ("training",)):
-        machine.print(f"note: the backbone in {source['file']} was trained on other images than those to train on now")
     torch.manual_seed(args.seed)
     model = build_model(args, source, len(train_list.class_names), weights)
-    size = model.glimpse.canvas_size
-    train_loader = dataset.make_loader(train_list, args, machine, size, trains=True)
-    valid_loader = dataset.make_loader(valid_list, args, machine, size)
+    train_loader = dataset.make_loader(train_list, args, machine, model.glimpse.canvas_size, trains=True)
+    valid_loader = dataset.make_loader(valid_list, args, machine, model.glimpse.canvas_size)
     model.to(machine.device, memory_format=torch.channels_last)
     optimizer = utils.make_optimizer(*model.parameter_groups())
     run.start(model, optimizer, {"model_dict": model}, data=data, backbone=source)
@@ -249,8 +245,7 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
         valid, run.stored["thresholds"] = validate(net, valid_loader, valid_noise, args.policy, machine)
         rates = {name: group["lr"] for name, group in zip(("lr", "attention_lr"), optimizer.param_groups)}
         seconds = time.perf_counter() - start
-        figures = {"train": means, "valid": valid, **rates, "seconds": seconds}
-        is_best = run.save(epoch, valid["nll"], model, optimizer, **figures)
+        is_best = run.save(epoch, valid["nll"], model, optimizer, train=means, valid=valid, **rates, seconds=seconds)
         scored = f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; valid {valid['accuracy']:.3f}"
         machine.print(f"{title}: {scored}, NLL {valid['nll']:.3f}{' (best)' if is_best else ''}; {seconds:.0f} s")
     machine.print(f"best classifier: {run.best_path}")
@@ -330,7 +325,7 @@ def measure(policy: str, probabilities: Tensor, location: Tensor, boxes: Tensor,
 
 
 def stopping(probabilities: Tensor, labels: Tensor, thresholds: list[float], costs: list[int]) -> list[dict[str, Any]]:
-    """Accuracy against mean multiply-adds if each image stops at its first prediction surer than a threshold.
+    """Accuracy against mean multiply-adds if each image stops at its first prediction above a threshold.
 
     probabilities: [N, T, C], of one trajectory; labels: [N]; costs: multiply-adds up to each of the T predictions.
     """
@@ -350,11 +345,11 @@ def report(figures: dict[str, Any], n_images: int, n_classes: int, machine: Mach
     hidden = ("accuracy",) if n_classes > 5 else ("accuracy", "top5")
     for subject, of_subject in figures.items():
         for estimate, values in of_subject.items():
-            shown = [utils.describe_accuracy(values["accuracy"], n_images)]
-            if estimate == "sampled trajectory":  # a mean over trajectories, so that no count of images applies
-                shown = [f"{values['accuracy']:.1%} right"]
-            shown += [f"{name} {value:.4f}" for name, value in values.items() if name not in hidden]
-            machine.print(f"{subject:15}{estimate:20}" + "  ".join(shown))
+            correct = f"{values['accuracy']:.1%} correct"
+            if estimate != "sampled trajectory":  # a mean over trajectories, so that no count of images applies
+                correct = utils.describe_accuracy(values["accuracy"], n_images)
+            others = (f"{name} {value:.4f}" for name, value in values.items() if name not in hidden)
+            machine.print(f"{subject:15}{estimate:20}" + "  ".join([correct, *others]))
 
 
 def multiply_adds(args: Namespace, source: dict[str, Any], n_classes: int, n_trajectories: int) -> list[int]:
@@ -431,7 +426,7 @@ class Classifier:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image | str | Path, annotation: Path | None = None) -> Prediction:
-        """Classify a PIL image, which is left as it is, or a file, of any size. Raises UserError, as for a broken file.
+        """Classify a PIL image, which is left as it is, or a file, of any size. Raises UserError for a broken file.
 
         A large JPEG file is decoded at a smaller size: its prediction differs slightly from that of an opened image.
         """

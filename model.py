@@ -22,7 +22,6 @@ ARCHITECTURES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 HEADS = {"12": [0, 1], "13": [0, 2], "23": [1, 2], "123": [0, 1, 2]}  # resolution levels (indices into STARTS) per head
 POLICIES = ("learned", "center", "random", "grid", "oracle")
 GRID = ((-0.5, -0.5), (0.5, -0.5), (-0.5, 0.5), (0.5, 0.5))  # centers of the quadrants, in the order of attention
-SUPERVISIONS = ("each", "last")
 PATCHES_PER_PASS = 256  # bounds memory for many trajectories: 0.6 GB of float32 stem output at P = 96
 
 
@@ -179,7 +178,7 @@ class LocationNetwork(nn.Module):
 
     def forward(self, context: Tensor, hidden: Tensor, step: int) -> Tensor:
         """Context [B, D, c, c] and hidden state [B, M, H] before glimpse `step` (from 1) -> attention [B, M, c c]."""
-        if step <= 1:  # no hidden state has seen a place, so that a 1x1 convolution scores the context alone
+        if step <= 1:  # the hidden state knows no location yet, so a 1x1 convolution scores the context alone
             score = self.first(context).flatten(1).unsqueeze(1).expand(-1, hidden.shape[1], -1)  # [B, M, c c]
         else:
             cells = self.from_context(context.flatten(2).transpose(1, 2))  # [B, c c, A]
@@ -276,9 +275,8 @@ class RecurrentAttention(nn.Module):
         canvas: uint8 [B, 3, S, S]. noise: standard normal [B, M, T, 2], supplied by the caller; zeros give the
         deterministic trajectory. policy: "learned", "center" (always the image center), "random" (uniform over the
         image, computed from the noise), "grid" (the centers of the quadrants in turn) or "oracle" (at the dog: the
-        noise is the location). All trajectories of an image share its pyramid and its context features, which are zeros
-        for the policies that do without, unless the context is classified. stop_at: end as soon as the highest
-        probability of every trajectory in the batch is above this.
+        noise is the location). All trajectories of an image share its pyramid and its context features. stop_at: end as
+        soon as the highest probability of every trajectory in the batch is above this.
         """
         B, M = noise.shape[:2]
         pyramid = build_pyramid(canvas, self.glimpse.scales, self.glimpse.patch_size)

@@ -175,9 +175,8 @@ def test(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
         machine.print(f"head {name:4} {utils.describe_accuracy(means['accuracy_' + name], n_images)}")
     if machine.rank == 0:
         path = args.save_dir / f"pt_results{utils.name_of_other_data(args, checkpoint)}.json"
-        with torch.device("meta"):
-            net, patch = build_backbone(args.arch).eval(), torch.empty(1, 3, args.patch_size, args.patch_size)
-        of_pass = utils.multiply_adds(lambda: net(patch))
+        patch = torch.empty(1, 3, args.patch_size, args.patch_size, device="meta")
+        of_pass = utils.multiply_adds(lambda: model.backbone.to("meta").forward(patch))  # not through the compiler
         cost = {name: len(levels) * of_pass for name, levels in HEADS.items()}  # a head itself adds 0.1 %
         heads = {name: {"accuracy": means[f"accuracy_{name}"]} for name in HEADS}
         more = {"images": n_images, "images_seen_in_training": n_seen, "multiply_adds": cost}

@@ -47,6 +47,7 @@ def run(main: Callable[[], None]) -> None:
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be no text in the system's encoding
     try:
         main()
         if dist.is_initialized():  # not after an error, when other processes may never get here
@@ -57,7 +58,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit("error: " + message.strip().replace("\n", " "))
     except (RuntimeError, MemoryError, KeyboardInterrupt) as error:
         if signals:  # which also end the loader's workers: PyTorch may report that as a RuntimeError
-            print("stopped: --resume_training=True continues after the last finished epoch, if any", file=sys.stderr)
+            print("stopped: --resume_training=True continues from the last epoch saved in --save_dir", file=sys.stderr)
             sys.exit(128 + signals[0])
         if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
             sys.exit(f"error: --compile does not work here ({str(error).strip().splitlines()[0][:160]}): leave it out")
@@ -122,11 +123,11 @@ class Parser(argparse.ArgumentParser):
         files("--valid_size", type=fraction, default=0.1, help="fraction of the training images to validate on")
         files("--skip_bad_images", **SWITCH, help="leave out images that cannot be read")
         training = self.add_argument_group("training").add_argument
-        training("--epochs", type=count, default=101, help="total epochs, counting resumed ones; 0: save untrained")
+        training("--epochs", type=count, default=101, help="total epochs, including resumed ones; 0: save untrained")
         training("--batch_size", type=positive_count, default=128, help="batch size over all GPUs and processes")
         training("--lr", type=positive, default=1e-4, help="learning rate of Adam")
         training("--lr_schedule", default="cosine", choices=["constant", "cosine"], help="learning-rate schedule")
-        training("--smallest_crop", type=fraction_or_one, default=1.0, help="smallest random crop / short side")
+        training("--smallest_crop", type=fraction_or_one, default=1.0, help="side of the smallest crop / short side")
         training("--seed", type=count, default=0, help="random seed")
         training("--resume_training", **SWITCH, help="continue after the last finished epoch")
         training("--overwrite", **SWITCH, help="replace an earlier run in --save_dir")
@@ -340,9 +341,8 @@ def describe_accuracy(accuracy: float, n_images: int) -> str:
     """An accuracy in words, with its 95 % confidence interval (Wilson 1927)."""
     from scipy.stats import binomtest  # takes a second to import
 
-    n_right = round(accuracy * n_images)
-    low, high = binomtest(n_right, n_images).proportion_ci(method="wilson")
-    return f"{accuracy:.1%} right ({n_right:,} of {n_images:,}; 95 %: {low:.0%} to {high:.0%})"
+    low, high = binomtest(round(accuracy * n_images), n_images).proportion_ci(method="wilson")
+    return f"{accuracy:.1%} correct ({accuracy * n_images:,.0f} of {n_images:,}; 95% CI {low:.0%} to {high:.0%})"
 
 
 # --- files
@@ -397,8 +397,7 @@ def load_checkpoint(path: Path, hint: str, *entries: str) -> Any:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types on a broken file
-        wanted = "a whole file of PyTorch weights, such as a model's state_dict(), is needed"
-        raise UserError(f"{path} cannot be read ({type(error).__name__}): {wanted}") from error
+        raise UserError(f"{path} cannot be read ({type(error).__name__}): a saved state_dict() is needed") from error
     if entries and not (isinstance(content, dict) and content.keys() >= set(entries)):
         raise UserError(f"{path} is not a checkpoint of the expected kind, which has entries {', '.join(entries)}")
     return content
@@ -454,12 +453,14 @@ class Run:
     """
 
     def __init__(self, args: Namespace, machine: Machine, files: tuple[str, ...], last: dict | None) -> None:
-        self.args, self.machine, self.files, self.last = args, machine, files, last
+        self.args, self.machine, self.last = args, machine, last
         self.best_path, self.last_path, self.log_path = (args.save_dir / name for name in files[:3])
         present = [name for name in files[:3] if os.path.exists(args.save_dir / name)]
         if present and not last and not args.overwrite:
             ways = "continue it with --resume_training=True, replace it with --overwrite, or choose another --save_dir"
             raise UserError(f"{args.save_dir} holds an earlier run ({', '.join(present)}): {ways}")
+        names = files[1:] if present and not last else ()  # of what the first checkpoint replaces besides the best one
+        self.replaced = [path for name in names for path in args.save_dir.glob(name)]
         self.best_score, self.rows = (last["best_score"], last["log"]) if last else (math.inf, [])
         self.epochs = range(last["epoch"] + 1 if last else 0, args.epochs)  # those to train, from 0
         self.board: Any = None  # TensorBoard's writer
@@ -472,7 +473,7 @@ class Run:
             load_state(model.load_state_dict, self.last["model_dict"], self.last_path)
             load_state(optimizer.load_state_dict, self.last["optimizer"], self.last_path)
             if not self.epochs:
-                self.machine.print(f"epochs done: {self.epochs.start}; to go on, raise --epochs above that")
+                self.machine.print(f"{self.epochs.start} epochs are done: raise --epochs to train longer")
         elif not self.epochs and self.machine.rank == 0:
             self.save_best(-1, {})
         if self.args.tensorboard and self.machine.rank == 0:
@@ -483,9 +484,8 @@ class Run:
 
     def save_best(self, epoch: int, metrics: dict[str, float]) -> None:
         """Write the best checkpoint, of this epoch (from 0; -1: untrained). The first one replaces an earlier run."""
-        if epoch <= 0:  # a resumed run begins later
-            for path in [path for name in self.files[1:] for path in self.args.save_dir.glob(name)]:
-                path.unlink()
+        while self.replaced:
+            self.replaced.pop().unlink(missing_ok=True)
         states = {name: cpu_state(module) for name, module in self.best.items()}
         save_checkpoint(self.best_path, {**states, "epoch": epoch, "metrics": metrics, **self.stored})
 

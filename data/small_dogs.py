@@ -7,7 +7,8 @@ fills a fraction of the image, so that a classifier must find it, or look at eve
 
 The central square of each photo is pasted onto another photo, strongly blurred, among pieces of further photos of the
 same part: training scenes are made of training photos only, test scenes of test photos. Names of files and the split
-are those of the source; boxes are those of its dogs, moved, or of the whole photo where it is not annotated.
+are those of the source; boxes are those of its dogs, moved, or of the whole photo where it is not annotated. Copies of
+a photo get the same scene, so that they stay on one side of a split.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import utils
-from dataset import BOX_EDGES, ImageList, crop_to_canvas, read_image, read_list, subfolders
+from dataset import BOX_EDGES, ImageList, crop_to_canvas, first_twins, read_image, read_list, subfolders
 
 MARK = "small_dogs.txt"  # holds the flags that a folder was made with
 BLUR = 1 / 24  # radius for the background, as a fraction of the scene's side
@@ -40,6 +41,7 @@ PIECE = 1 / 2  # side of a piece of clutter, as a fraction of the pasted photo's
 class Scene(NamedTuple):
     """What a scene is made of, and where it goes."""
 
+    name: str  # that its places are drawn from
     photo: Path
     annotation: Path | None
     others: list[Path]  # the background, then the clutter
@@ -58,9 +60,9 @@ def tags(values: Iterable[tuple[str, int]]) -> str:
     return "".join(f"<{name}>{value}</{name}>" for name, value in values)
 
 
-def write_scene(scene: Scene, name: str, *, scale: float, size: int, seed: int) -> str:
-    """Draw a scene, by its name, and annotate it. Returns what is wrong with its photos, empty if nothing is."""
-    rng, side = random.Random(f"scene {seed} {name}"), round(scale * size)
+def write_scene(scene: Scene, *, scale: float, size: int, seed: int) -> str:
+    """Draw a scene and annotate it. Returns what is wrong with its photos, empty if nothing is."""
+    rng, side = random.Random(f"scene {seed} {scene.name}"), round(scale * size)
     try:
         photo, boxes = read_square(scene.photo, side, scene.annotation)
         image = read_square(scene.others[0], size)[0].filter(ImageFilter.GaussianBlur(BLUR * size))
@@ -84,38 +86,38 @@ def write_scene(scene: Scene, name: str, *, scale: float, size: int, seed: int) 
     return ""
 
 
-def plan_scenes(images: ImageList, data_dir: Path, in_images: bool, clutter: int, seed: int) -> dict[str, Scene]:
-    """A scene for each photo of a part, by name, with others of the part to draw around it."""
-    scenes, folder = {}, "Images" if in_images else images.folder.name
-    for i, file in enumerate(images.files):
-        place = file.relative_to(images.folder)
-        rng = random.Random(f"others {seed} {place.as_posix()}")
-        indices = (rng.randrange(1, len(images.files)) for _ in range(clutter + 1))  # any but the photo itself
-        others = [images.files[(i + step) % len(images.files)] for step in indices]
+def plan_scenes(images: ImageList, data_dir: Path, in_images: bool, clutter: int, seed: int) -> list[Scene]:
+    """A scene for each photo of a part, with others of the part to draw around it."""
+    scenes, folder = [], "Images" if in_images else images.folder.name
+    indices = {file: i for i, file in enumerate(images.files)}
+    for file, twin, annotation in zip(images.files, first_twins(images.files), images.annotations):
+        place, name = file.relative_to(images.folder), twin.relative_to(images.folder).as_posix()
+        rng = random.Random(f"others {seed} {name}")
+        steps = (rng.randrange(1, len(images.files)) for _ in range(clutter + 1))  # any but the photo itself
+        others = [images.files[(indices[twin] + step) % len(images.files)] for step in steps]
         boxes = data_dir / "Annotation" / ("" if in_images else folder) / place.with_suffix("")
-        annotation = images.annotations[i]
-        scenes[f"{folder}/{place.as_posix()}"] = Scene(file, annotation, others, data_dir / folder / place, boxes)
+        scenes.append(Scene(f"{folder}/{name}", twin, annotation, others, data_dir / folder / place, boxes))
     return scenes
 
 
 def write_scenes(args: argparse.Namespace) -> int:
     """Write all scenes and, last, the lists of the source if it has any. Returns their number. Raises UserError."""
     mark, flags = args.data_dir / MARK, " ".join(f"{name}={value}" for name, value in vars(args).items())
-    if args.data_dir.exists() and any(args.data_dir.iterdir()) and not (mark.is_file() and mark.read_text() == flags):
-        raise utils.UserError(f"{args.data_dir} is not empty, and was not made by this command: see --data_dir")
     utils.prepare_folder(args.data_dir)
+    if any(args.data_dir.iterdir()) and not (mark.is_file() and mark.read_text() == flags):
+        raise utils.UserError(f"{args.data_dir} is not empty, and was not made by this command: see --data_dir")
     mark.write_text(flags)
-    scenes: dict[str, Scene] = {}
+    scenes: list[Scene] = []
     lists = {name.lower(): path for name, path in subfolders(args.source).items()}.get("lists")
     for part in ("train", "valid", "test"):
         images = read_list(args.source, part)
         if len(images.files) == 1:
             raise utils.UserError(f"{images.files[0]} is alone: a scene needs other photos around it")
         in_images = images.folder == args.source or images.folder.name.lower() == "images"
-        scenes |= plan_scenes(images, args.data_dir, in_images, args.clutter, args.seed)
+        scenes += plan_scenes(images, args.data_dir, in_images, args.clutter, args.seed)
     write = functools.partial(write_scene, scale=args.scale, size=args.size, seed=args.seed)
     with ProcessPoolExecutor(utils.N_CORES, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        done = pool.map(write, scenes.values(), scenes, chunksize=8)
+        done = pool.map(write, scenes, chunksize=8)
         bad = list(filter(None, tqdm(done, total=len(scenes), unit=" scenes", disable=None)))
     if bad:
         named = "; ".join(dict.fromkeys(bad[:10]))
@@ -133,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     side = utils.number(int, lambda n: 32 <= n <= 2**14, "a side in pixels, at least 32")
     parser.add_argument("--source", type=Path, default=utils.DATA_DIR, help="folder of photos, in any layout")
     parser.add_argument("--data_dir", type=Path, default=Path("data/small_dogs"), help="folder for the scenes")
-    parser.add_argument("--scale", type=utils.fraction_or_one, default=0.25, help="side of a photo in its scene's")
+    parser.add_argument("--scale", type=utils.fraction_or_one, default=0.25, help="side of a photo / side of its scene")
     parser.add_argument("--size", type=side, default=384, help="side of a scene in pixels")
     parser.add_argument("--clutter", type=utils.count, default=6, help="pieces of other photos in a scene")
     parser.add_argument("--seed", type=utils.count, default=0, help="random seed of the scenes")
@@ -141,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     n_scenes = write_scenes(args)
     words = ["--data_dir", str(args.data_dir), "--save_dir", str(args.data_dir / "saved_models"), "--backbone", "FILE"]
     print(f"Drew {n_scenes:,} scenes of {args.size} x {args.size} pixels into {args.data_dir}")
-    print(f"next: python main.py {shlex.join(words)} --k 1 --start_size 1")
+    print(f"next: python main.py {shlex.join(words)} --k 1 --start_size 1 --cells 6")
 
 
 if __name__ == "__main__":

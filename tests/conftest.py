@@ -174,7 +174,7 @@ def same_result(ours: object, theirs: object) -> bool:
 def find_result(report: str, subject: str, estimate: str) -> dict[str, float]:
     """The figures of a line that `--task=test` of main.py printed, by name."""
     [line] = [line for line in report.splitlines() if line.startswith(f"{subject:15}{estimate:20}")]
-    right, n_images = re.match(r"[\d.]+% right \(([\d,]+) of ([\d,]+); ", line[35:]).groups()
+    right, n_images = re.match(r"[\d.]+% correct \(([\d,]+) of ([\d,]+); ", line[35:]).groups()
     others = {name: float(value) for name, value in re.findall(r"(\w+) (\d+\.\d{4})(?=  |$)", line[35:])}
     return {"accuracy": int(right.replace(",", "")) / int(n_images.replace(",", "")), **others}
 

@@ -5,7 +5,7 @@
 
 It uses torchvision's transforms: in training flips and random crops of at least --smallest_crop ** 2 of the area, in
 tests the short side resized to 8/7 of the image size and a center crop. The epoch with the lowest NLL on the validation
-images is tested. Under --save_dir it writes NAME.json and predictions_NAME.csv: NAME is finetune_ARCH_WEIGHTS_SIZE.
+images is tested. Under --save_dir it writes NAME.json and predictions_NAME.csv; NAME: finetune_ARCH_WEIGHTS_SIZE_DATA.
 """
 
 import copy
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     probabilities = probabilities_of(net, test_loader, machine, "test")
     pixels = torch.empty(1, 3, args.image_size, args.image_size, device="meta")
     cost = {NAME: utils.multiply_adds(lambda: model.to("meta")(pixels))}
-    name = f"finetune_{args.arch}_{Path(args.weights).stem}_{args.image_size}"
+    name = f"finetune_{args.arch}_{Path(args.weights).stem}_{args.image_size}_{args.data_dir.resolve().name}"
     publish(args, machine, name, NAME, test, probabilities, images_seen_in_training=n_seen, multiply_adds=cost)
 
 

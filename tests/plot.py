@@ -145,7 +145,8 @@ def read_stopping(folders: list[Path]) -> list[tuple[str, str, list[tuple[float,
     They are the classifiers with a glance, and cascades of linear probes: a small whole image, a larger one if unsure.
     """
     curves, probes = [], defaultdict(list)
-    for path in sorted({path for folder in folders for path in folder.rglob("*.json")}):
+    names = ("results_*.json", "probe_*.json")
+    for path in sorted({path for folder in folders for name in names for path in folder.rglob(name)}):
         content = json.loads(path.read_text(encoding="utf-8"))
         if path.name.startswith("results_") and content.get("stopping"):
             points = [(point["multiply_adds"] / 1e9, 100 * point["accuracy"]) for point in content["stopping"]]
@@ -268,7 +269,7 @@ def read_predictions(path: Path, estimate: str | None) -> tuple[Predictions, str
 
 
 def stop(first: dict[str, dict], second: dict[str, dict], threshold: float) -> tuple[dict[str, dict], int]:
-    """The row of the first table where it is surer than a threshold, else that of the second, and how often the latter.
+    """The row of the first table where it is above a threshold, else that of the second, and how often the latter.
 
     Both are tables of `read_rows`.
     """
@@ -279,7 +280,7 @@ def stop(first: dict[str, dict], second: dict[str, dict], threshold: float) -> t
 
 
 def write_cascade(paths: list[Path], estimates: list[str | None], threshold: float, out: Path) -> None:
-    """Write the predictions of a cascade: the first table where it is surer than a threshold, else the second."""
+    """Write the predictions of a cascade: the first table where it is above a threshold, else the second."""
     (first, _), (second, _) = (read_rows(path, estimate) for path, estimate in zip(paths, estimates))
     rows, n_unsure = stop(first, second, threshold)
     columns = ("file", "true_class", "class_1", "probability_1")
@@ -374,6 +375,8 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--stop_at", type=float, required=True, help="probability above which the first table is sure")
     command.add_argument("--out", type=Path, default=Path("cascade.csv"), help="table to write (%(default)s)")
     args = parser.parse_args(argv)
+    if "out" in args:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.command == "classes":
         print_classes(args.table, args.estimate)
     elif args.command == "compare":

@@ -5,7 +5,7 @@
     python tests/probe.py --data_dir DIR --weights FILE --save_dir DIR --patch_size 128
 
 It fits a linear classifier to the backbone's frozen features, with the weight decay that is best on the validation
-images, and tests it. Under --save_dir it writes NAME.json and predictions_NAME.csv: NAME is probe_ARCH_WEIGHTS_SIZE.
+images, and tests it. Under --save_dir it writes NAME.json and predictions_NAME.csv; NAME: probe_ARCH_WEIGHTS_SIZE_DATA.
 """
 
 import sys
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     machine.print(f"validation: {accuracy}, weight decay {best:g}")
     net = nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten(), probes[best]).to("meta")
     cost = {NAME: utils.multiply_adds(lambda: net(torch.empty(1, 3, side, side, device="meta")))}
-    name = f"probe_{args.arch}_{Path(args.weights).stem}_{side}"
+    name = f"probe_{args.arch}_{Path(args.weights).stem}_{side}_{args.data_dir.resolve().name}"
     more = {"images_seen_in_training": n_seen, "multiply_adds": cost, "weight_decay": best, "thresholds": thresholds}
     publish(args, machine, name, NAME, test, probabilities, **more)
 

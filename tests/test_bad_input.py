@@ -123,7 +123,7 @@ def test_error_of_a_worker_is_the_line_that_it_would_be_without(num_workers: int
     for name in ("a b.jpg", "a\nb.jpg", "a\nError: b.jpg"):
         file = tmp_path / name
         file.write_bytes(b"no image")
-        images = dataset.ImageList([file] * 3, [0] * 3, ["a"])
+        images = dataset.ImageList([file] * 3, [0] * 3, ["a"], annotations=[None] * 3)
         loader = dataset.make_loader(images, flags_of(main, f"--num_workers={num_workers}"), CPU, 32)
         line = fails(SimpleNamespace(main=lambda argv, loader=loader: [*loader]), [])
         assert line == f"error: image {file} cannot be read (not an image)".replace("\n", " ")

@@ -288,7 +288,7 @@ def test_jpegs_keep_the_pixels_of_small_crops(tmp_path: Path, monkeypatch: pytes
     sizes, real = [], dataset.crop_to_canvas
     monkeypatch.setattr(dataset, "crop_to_canvas", lambda image, *rest: sizes.append(image.size) or real(image, *rest))
     for smallest in (1, 0.5, 0.2):
-        items = dataset.ImageDataset(ImageList([tmp_path / "large.jpg"], [0], ["a"]), 96, smallest)
+        items = dataset.ImageDataset(ImageList([tmp_path / "large.jpg"], [0], ["a"], annotations=[None]), 96, smallest)
         assert items[0, 0][0].shape == (3, 96, 96)
     assert sizes == [(100, 100), (200, 200), (800, 800)]
 

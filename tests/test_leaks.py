@@ -561,8 +561,9 @@ def test_accuracy_is_printed_as_a_count(n_classes: int, tmp_path: Path, capsys: 
     printed = capsys.readouterr().out
     rows = [row for row in read_log(tmp_path / "out" / "predictions_learned.csv") if row["estimate"] == "deterministic"]
     n_right = sum(row["class_1"] == row["true_class"] for row in rows)
-    wanted = rf"deterministic +{n_right / len(rows):.1%} right \({n_right} of {2 * n_classes}; 95 %: \d+% to \d+%\)  "
+    counts = rf"\({n_right} of {2 * n_classes}; 95% CI \d+% to \d+%\)  "
+    wanted = rf"deterministic +{n_right / len(rows):.1%} correct {counts}"
     assert re.search(rf"policy learned +{wanted}", printed)
     assert ("top5" in printed) == (n_classes > 5)
     pretrain.main([*flags(tmp_path), "--task=test"])
-    assert re.search(rf"head 123 +\S+% right \(\d+ of {2 * n_classes}; 95 %: ", capsys.readouterr().out)
+    assert re.search(rf"head 123 +\S+% correct \(\d+ of {2 * n_classes}; 95% CI ", capsys.readouterr().out)

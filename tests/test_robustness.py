@@ -418,7 +418,7 @@ def test_pretraining_is_resumed_as_it_was(
         assert flag in fails(pretrain, [*pretrain_args, "--resume_training", flag, value])
     path = tmp_path / "out" / "pt_last.tar"
     pretrain.main([*pretrain_args, "--resume_training"])
-    assert "epochs done: 1; to go on, raise --epochs" in capsys.readouterr().out
+    assert "1 epochs are done: raise --epochs to train longer" in capsys.readouterr().out
     pretrain.main([*pretrain_args, "--resume_training", "--epochs", "2", "--lr", "0.5"])
     last = read(path)
     assert last["settings"]["lr"] == "0.5" and last["optimizer"]["param_groups"][0]["lr"] == 0.25  # halfway down
@@ -554,7 +554,7 @@ def test_fewer_epochs_than_are_done(
         script.main([*argv, "--resume_training", "--epochs", epochs])
         lines = capsys.readouterr().out.splitlines()
         [line] = [line for line in lines if "raise --epochs" in line]
-        assert line.startswith("epochs done: 2; ") and not any(line.startswith("epoch ") for line in lines)
+        assert line.startswith("2 epochs are done: ") and not any(line.startswith("epoch ") for line in lines)
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -757,8 +757,8 @@ def test_test_reports_hit_rates_where_boxes_are_known(
             distance += math.hypot((left + right) / 2 - x, (top + bottom) / 2 - y)
         return f"hit_rate {hits / 8:.4f}  distance_to_dog {distance / 8:.4f}"
 
-    guess = "33.3% right (3 of 9; 95 %: 12% to 65%)  nll 1.0986"
-    of_sampled = "33.3% right  nll 1.0986"
+    guess = "33.3% correct (3 of 9; 95% CI 12% to 65%)  nll 1.0986"
+    of_sampled = "33.3% correct  nll 1.0986"
     expected = {
         "glimpse 1      deterministic": [guess, "distance_from_center 0.2900", by_hand(0.21, 0.5)],
         "glimpse 1      sampled trajectory": [of_sampled, "distance_from_center 0.0000", by_hand(0.5, 0.5)],
@@ -830,7 +830,7 @@ def test_resuming_keeps_the_number_of_epochs(
     main.main([*main_args, *MODEL, "--epochs", "1"])
     main.main([*main_args, "--resume_training"])  # not 101, the default of a new run
     assert read(save_dir / "last.tar")["epoch"] == 0
-    assert capsys.readouterr().out.count("epochs done: 1; to go on, raise --epochs") == 1
+    assert capsys.readouterr().out.count("1 epochs are done: raise --epochs to train longer") == 1
 
 
 def test_scores_by_hand() -> None:

@@ -152,10 +152,10 @@ def test_heads_are_tested_as_they_were_saved(
     pretrain.main(given)
     assert capsys.readouterr().out.splitlines() == [
         f"9 test images of {pretrain_args[1]}, backbone of epoch 1",
-        "head 12   22.2% right (2 of 9; 95 %: 6% to 55%)",
-        "head 13   33.3% right (3 of 9; 95 %: 12% to 65%)",
-        "head 23   44.4% right (4 of 9; 95 %: 19% to 73%)",
-        "head 123  22.2% right (2 of 9; 95 %: 6% to 55%)",
+        "head 12   22.2% correct (2 of 9; 95% CI 6% to 55%)",
+        "head 13   33.3% correct (3 of 9; 95% CI 12% to 65%)",
+        "head 23   44.4% correct (4 of 9; 95% CI 19% to 73%)",
+        "head 123  22.2% correct (2 of 9; 95% CI 6% to 55%)",
         f"figures: {tmp_path / 'out' / 'pt_results.json'}",
     ]
     results = json.loads((tmp_path / "out" / "pt_results.json").read_text())
@@ -445,7 +445,7 @@ def test_each_policy_has_tables_of_its_own(main_args: list[str], save_dir: Path,
                 assert torch.allclose(places, rollout.location.flatten(1), atol=1e-3) and places.abs().min() > 0
                 probability = rollout.logits[:, 0, -1].softmax(-1).max(-1).values
                 assert [float(row["probability_1"]) for row in mine] == pytest.approx(probability.tolist(), abs=1e-3)
-        printed = re.findall(rf"^policy {policy} +(\w+ \w+ \d|\w+ \w+|\w+)  +[\d.]+% right", report, re.MULTILINE)
+        printed = re.findall(rf"^policy {policy} +(\w+ \w+ \d|\w+ \w+|\w+)  +[\d.]+% correct", report, re.MULTILINE)
         assert list(results["figures"][f"policy {policy}"]) == printed
     assert tables["learned"] == read_log(save_dir / "predictions_learned.csv")  # still there
 

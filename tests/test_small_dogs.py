@@ -1,5 +1,6 @@
 """data/small_dogs.py: scenes of photos of one part only, with boxes that are right, and the same in every run."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,23 @@ def test_scenes_are_of_their_own_part_only(layout: str, make_data: Callable[...,
             assert others.max() < 130, f"a scene of {part} shows a photo of another part"
 
 
+def test_copies_of_a_photo_stay_on_one_side(tmp_path: Path) -> None:
+    """They get the same scene, by which a split knows them, each with a box of its own."""
+    source, data_dir = tmp_path / "photos", tmp_path / "scenes"
+    for name in ("cat", "dog"):
+        draw_folder(source / name, 8)
+        for i in range(8):
+            shutil.copy(source / name / f"{i}.jpg", source / name / f"copy_{i}.jpg")
+    make(source, data_dir)
+    for folder in (source, data_dir):
+        train, test = (read_list(folder, part).files for part in ("train", "test"))
+        train, test = ({(file.parent.name, file.name.removeprefix("copy_")) for file in part} for part in (train, test))
+        assert train and test and not train & test
+    files = [file for file in (data_dir / "Images" / "cat").iterdir() if not file.name.startswith("copy_")]
+    assert len({file.read_bytes() for file in files}) == len(files) == 8
+    assert all(file.read_bytes() == file.with_name(f"copy_{file.name}").read_bytes() for file in files)
+
+
 def test_boxes_are_right_to_a_pixel(tmp_path: Path) -> None:
     """White dogs in black photos, of which the central square cuts some off; a photo without boxes is a dog itself."""
     black, places = tmp_path / "black.png", set()
@@ -79,8 +97,9 @@ def test_boxes_are_right_to_a_pixel(tmp_path: Path) -> None:
         annotation = tmp_path / "Annotation" / "cat" / f"{i}" if i else None
         if i:
             annotate(tmp_path, {file: [(left, top, left + 30, top + 20)]}, 100 + i, 80)
-        scene = small_dogs.Scene(file, annotation, [black, black], tmp_path / f"{i}.jpg", tmp_path / f"{i}")
-        assert small_dogs.write_scene(scene, f"cat/{i}", scale=0.5, size=96, seed=0) == ""
+        goals = tmp_path / f"{i}.jpg", tmp_path / f"{i}"
+        scene = small_dogs.Scene(f"cat/{i}", file, annotation, [black, black], *goals)
+        assert small_dogs.write_scene(scene, scale=0.5, size=96, seed=0) == ""
         canvas, boxes = canvas_and_boxes(scene.image, scene.box, 96)
         rows, columns = ((canvas[0] > 127).any(axis).nonzero().flatten() for axis in (1, 0))
         seen = torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])

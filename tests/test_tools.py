@@ -62,16 +62,16 @@ def test_probe_reads_what_is_there(colors: Path, tmp_path: Path, capsys: pytest.
     out = tmp_path / "out"
     argv = ["--data_dir", str(colors), "--save_dir", str(out), *SMALL, *BACKBONE]
     probe.main(argv)
-    name = f"probe_{ARCH}_none_32"
+    name = f"probe_{ARCH}_none_32_{colors.name}"
     *_, accuracy, where = capsys.readouterr().out.splitlines()
-    assert accuracy == "test:       100.0% right (24 of 24; 95 %: 86% to 100%)"
+    assert accuracy == "test:       100.0% correct (24 of 24; 95% CI 86% to 100%)"
     assert where == f"figures: {out / name}.json, predictions: {out / f'predictions_{name}.csv'}"
     pretrain.main([*argv, "--epochs", "0"])
     best = out / "pt_glimpse_model.tar"
     larger = [*argv, "--patch_size", "64", "--weights", str(best)]
     probe.main(larger)
     assert f"at 64 pixels, features of {best} weights" in capsys.readouterr().out
-    names = [name, f"probe_{ARCH}_pt_glimpse_model_64"]
+    names = [name, f"probe_{ARCH}_pt_glimpse_model_64_{colors.name}"]
     results = [json.loads((out / f"{name}.json").read_text()) for name in names]
     assert [(result["images"], result["images_seen_in_training"]) for result in results] == [(24, 0), (24, 0)]
     figures = results[1]["figures"]["probe"]["linear probe"]
@@ -107,7 +107,8 @@ def test_probe_reads_what_is_there(colors: Path, tmp_path: Path, capsys: pytest.
 def test_probe_chooses_the_weight_decay_on_validation(
     make_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv = ["--data_dir", str(make_data()), "--save_dir", str(tmp_path), *SMALL, *BACKBONE]
+    data_dir = make_data()
+    argv = ["--data_dir", str(data_dir), "--save_dir", str(tmp_path), *SMALL, *BACKBONE]
     probes, tested = {}, []
 
     def fit(features: torch.Tensor, labels: torch.Tensor, n_classes: int, weight_decay: float) -> torch.nn.Linear:
@@ -126,7 +127,7 @@ def test_probe_chooses_the_weight_decay_on_validation(
     monkeypatch.setattr(probe, "fit_probe", fit)
     monkeypatch.setattr(probe, "probabilities_of", probabilities_of)
     probe.main(argv)
-    results = json.loads((tmp_path / f"probe_{ARCH}_none_32.json").read_text())
+    results = json.loads((tmp_path / f"probe_{ARCH}_none_32_{data_dir.name}.json").read_text())
     assert tested == [0.01] and results["weight_decay"] == 0.01
     assert list(probes.values()) == list(probe.WEIGHT_DECAYS)
 
@@ -140,7 +141,7 @@ def test_fine_tuning_learns_and_keeps_the_best_epoch(
     out = capsys.readouterr().out
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+);", out)]
     assert len(losses) == 6 and losses[-1] < losses[0]
-    name = f"finetune_{ARCH}_none_32"
+    name = f"finetune_{ARCH}_none_32_{colors.name}"
     results, rows = json.loads((tmp_path / f"{name}.json").read_text()), read_log(tmp_path / f"predictions_{name}.csv")
     figures = results["figures"]["finetune"]["fine-tuned ResNet"]
     right = np.mean([row["class_1"] == row["true_class"] for row in rows])
@@ -154,13 +155,19 @@ def test_fine_tuning_learns_and_keeps_the_best_epoch(
         assert "test: " in capsys.readouterr().out
     torch.save({"state_dict": torchvision.models.get_model(ARCH).state_dict()}, tmp_path / "of_another_script.pth")
     finetune.main([*argv, "--weights", str(tmp_path / "of_another_script.pth"), "--epochs", "0"])
-    assert (tmp_path / f"predictions_finetune_{ARCH}_of_another_script_32.csv").exists()
+    assert (tmp_path / f"predictions_finetune_{ARCH}_of_another_script_32_{colors.name}.csv").exists()
 
 
 def test_results_of_a_probe_last_as_long_as_what_it_probed(colors: Path, tmp_path: Path) -> None:
-    """Training a classifier beside them leaves them; replacing the backbone removes those of the old one alone."""
+    """Training a classifier beside them leaves them; replacing the backbone removes those of the old one alone.
+
+    A first backbone replaces none, and leaves those of another of the same name.
+    """
     argv = ["--data_dir", str(colors), "--save_dir", str(tmp_path), *SMALL]
+    of_another = tmp_path / "probe_resnet50_pt_glimpse_model_96_elsewhere.json"
+    of_another.write_text("{}")
     pretrain.main([*argv, *BACKBONE, "--epochs", "0"])
+    of_another.unlink()
     probe.main([*argv, *BACKBONE])
     of_none = {path.name for path in tmp_path.glob("*probe_*")}
     probe.main([*argv, *BACKBONE, "--weights", str(tmp_path / "pt_glimpse_model.tar")])
@@ -197,7 +204,7 @@ def test_probe_refuses_its_own_training_images(colors: Path, tmp_path: Path, cap
     capsys.readouterr()
     probe.main(argv)
     assert "note: 1 of the 100 test images were used in training too" in capsys.readouterr().out
-    results = json.loads((tmp_path / f"probe_{ARCH}_none_32.json").read_text())
+    results = json.loads((tmp_path / f"probe_{ARCH}_none_32_{colors.name}.json").read_text())
     assert (results["images"], results["images_seen_in_training"]) == (100, 1)
     write_list(test_path, names[:8], [1] * 8)  # a class is missing: that is said
     probe.main(argv)
@@ -219,7 +226,7 @@ def test_probe_ends_in_a_line_for_a_mistake(colors: Path, tmp_path: Path) -> Non
     line = fails(probe, argv)
     assert re.match(rf"error: 1 of \d+ images cannot be used: image {victim} cannot be read \(not an", line)
     probe.main([*argv, "--skip_bad_images"])
-    assert len(read_log(tmp_path / "out" / f"predictions_probe_{ARCH}_none_32.csv")) == 23
+    assert len(read_log(tmp_path / "out" / f"predictions_probe_{ARCH}_none_32_{colors.name}.csv")) == 23
     (colors / "lists" / "test_list.mat").unlink()
     assert f"--data_dir: {colors} has no test images" in fails(probe, argv)
     (tmp_path / "file").write_text("")
