@@ -1,6 +1,7 @@
 """People's own data: layouts, splits that do not move, checkpoints that know their images, bad images, predictions."""
 
 import builtins
+import io
 import locale
 import re
 import shutil
@@ -240,6 +241,13 @@ def test_names_that_are_no_text_are_written_as_they_are(tmp_path: Path) -> None:
     """Python reads names of folders that it cannot decode, as all that are not ASCII under LC_ALL=C, as surrogates."""
     utils.write_table(tmp_path / "a.csv", [{"class": "柴犬".encode().decode("ascii", "surrogateescape")}])
     assert (tmp_path / "a.csv").read_text(encoding="utf-8").split() == ["class", "柴犬"]
+
+
+def test_names_that_are_no_text_are_printed_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    utils.run(lambda: print("dog\udcff.jpg", flush=True))
+    assert stream.buffer.getvalue().strip() == rb"dog\udcff.jpg"
 
 
 # --- splits
