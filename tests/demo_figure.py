@@ -65,7 +65,8 @@ def distance(prediction: Prediction) -> float:
 def choose_example(data_dir: Path, before: Classifier, after: Classifier) -> Example:
     """Of the first hundred test images in the order of `view_glimpses`, that whose gaze training moves the most.
 
-    The untrained gaze misses its dog, the trained one hits it, and the prediction is correct; else any image.
+    The untrained gaze misses its dog and the predicted breed is wrong; the trained gaze hits it, and the breed is
+    correct; else any image.
     """
     images = dataset.read_list(data_dir, "test")
     images = images.subset(fixed_choice(len(images.files), N_CANDIDATES, after.args.seed))
@@ -73,7 +74,8 @@ def choose_example(data_dir: Path, before: Classifier, after: Classifier) -> Exa
     for file, annotation, label in zip(images.files, images.annotations, images.labels):
         early, late = before(file, annotation), after(file, annotation)
         hits = [bool(inside(p.location[:1], p.boxes).any()) for p in (early, late)]
-        is_typical = hits == [False, True] and late.drawn[-1].argmax() == label
+        correct = [p.drawn[-1].argmax().item() == label for p in (early, late)]
+        is_typical = hits == correct == [False, True]
         examples.append((is_typical, distance(early) - distance(late), Example(label, early, late)))
     return max(examples, key=lambda example: example[:2])[-1]
 

@@ -589,17 +589,18 @@ def test_demo_ends_with_its_figures_and_a_picture(
 
 
 def test_demo_shows_the_gaze_that_moved_the_most(make_data, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of those that training moves onto the dog, if the prediction is correct."""
+    """Of those that training moves onto the dog, if only the trained prediction is correct."""
     data_dir = make_data(n_test=6)
     images = dataset.read_list(data_dir, "test")
     annotate(data_dir, {file: [(0, 0, 30, 32)] for file in images.files}, 60, 64)
     order = main.fixed_choice(len(images.files), 100, 0)
     far, near, aside = (0.9, 0.9), (-0.5, -0.5), (-0.1, -0.1)
     early, late = [far] * len(order), [near] * len(order)
-    right = [False, False, True, True, *([False] * len(order))]
+    right = [False, False, True, True, True, *([False] * len(order))]
+    right_before = [False, False, False, False, True, *([False] * len(order))]
     late[2], early[3] = aside, (0.2, 0.2)  # the second candidate that is right moves less, but to the middle of the dog
 
-    def fake(places: list[tuple[float, float]]):
+    def fake(places: list[tuple[float, float]], right: list[bool]):
         answers = iter(range(len(order)))
 
         def classify(file: Path, annotation: Path) -> main.Prediction:
@@ -611,7 +612,7 @@ def test_demo_shows_the_gaze_that_moved_the_most(make_data, monkeypatch: pytest.
 
         return classify
 
-    after = fake(late)
+    after = fake(late, right)
     after.args = utils.argparse.Namespace(seed=0)
-    example = demo_figure.choose_example(data_dir, fake(early), after)
+    example = demo_figure.choose_example(data_dir, fake(early, right_before), after)
     assert example.late.location[0].tolist() == pytest.approx(aside) and example.label == images.labels[order[2]]
