@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     probabilities = probabilities_of(net, test_loader, machine, "test")
     pixels = torch.empty(1, 3, args.image_size, args.image_size, device="meta")
     cost = {NAME: utils.multiply_adds(lambda: model.to("meta")(pixels))}
-    name = f"finetune_{args.arch}_{Path(args.weights).stem}_{args.image_size}_{args.data_dir.resolve().name}"
+    name = f"finetune_{args.arch}_{Path(args.weights).stem}_{args.image_size}"
     publish(args, machine, name, NAME, test, probabilities, images_seen_in_training=n_seen, multiply_adds=cost)
 
 

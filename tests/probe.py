@@ -89,9 +89,11 @@ def publish(
 ) -> None:
     """Score a rival on the test images, and write NAME.json and predictions_NAME.csv, as main.py does for a classifier.
 
-    name: "<subject>_...", NAME above. estimate: what to call it. probabilities: [N, 1, C]. more: entries of the JSON.
+    name: "<subject>_...", NAME above without the folder of data. estimate: what to call it. probabilities: [N, 1, C].
+    more: entries of the JSON.
     """
     n_images, subject = len(test.files), name.partition("_")[0]
+    name = f"{name}_{args.data_dir.resolve().name}"
     figures = scores(probabilities, torch.tensor(test.labels))
     machine.print(f"test:       {utils.describe_accuracy(figures['accuracy'], n_images)}")
     if machine.rank == 0:
@@ -130,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     machine.print(f"validation: {accuracy}, weight decay {best:g}")
     net = nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten(), probes[best]).to("meta")
     cost = {NAME: utils.multiply_adds(lambda: net(torch.empty(1, 3, side, side, device="meta")))}
-    name = f"probe_{args.arch}_{Path(args.weights).stem}_{side}_{args.data_dir.resolve().name}"
+    name = f"probe_{args.arch}_{Path(args.weights).stem}_{side}"
     more = {"images_seen_in_training": n_seen, "multiply_adds": cost, "weight_decay": best, "thresholds": thresholds}
     publish(args, machine, name, NAME, test, probabilities, **more)
 
