@@ -4,8 +4,9 @@
     python tests/finetune.py --data_dir DIR --weights resnet50.pth --save_dir DIR --image_size 224 --smallest_crop 0.6
 
 It uses torchvision's transforms: in training flips and random crops of at least --smallest_crop ** 2 of the area, in
-tests the short side resized to 8/7 of the image size and a center crop. The epoch with the lowest NLL on the validation
-images is tested. Under --save_dir it writes NAME.json and predictions_NAME.csv; NAME: finetune_ARCH_WEIGHTS_SIZE_DATA.
+tests the short side resized to 8/7 of the image size and a center crop, or the central square if training has no
+smaller crops. The epoch with the lowest NLL on the validation images is tested. Under --save_dir it writes NAME.json
+and predictions_NAME.csv; NAME: finetune_ARCH_WEIGHTS_SIZE_DATA.
 """
 
 import copy
@@ -68,7 +69,8 @@ def make_loader(images: ImageList, args: Namespace, *, trains: bool) -> DataLoad
     if trains:
         crop = [v2.RandomResizedCrop(size, (args.smallest_crop**2, 1), antialias=True), v2.RandomHorizontalFlip()]
     else:
-        crop = [v2.Resize(round(size * 8 / 7), antialias=True), v2.CenterCrop(size)]
+        margin = 8 / 7 if args.smallest_crop < 1 else 1  # objects look larger in random crops than in whole images
+        crop = [v2.Resize(round(size * margin), antialias=True), v2.CenterCrop(size)]
     to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     photos, generator = Photos(images, v2.Compose([*crop, *to_tensor])), torch.Generator().manual_seed(args.seed)
     workers = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import controls
@@ -156,6 +157,18 @@ def test_fine_tuning_learns_and_keeps_the_best_epoch(
     torch.save({"state_dict": torchvision.models.get_model(ARCH).state_dict()}, tmp_path / "of_another_script.pth")
     finetune.main([*argv, "--weights", str(tmp_path / "of_another_script.pth"), "--epochs", "0"])
     assert (tmp_path / f"predictions_finetune_{ARCH}_of_another_script_32_{colors.name}.csv").exists()
+
+
+def test_fine_tuning_without_crops_tests_the_whole_square(tmp_path: Path) -> None:
+    """A network that was trained on whole images sees their border in the test too; one trained on crops does not."""
+    image = Image.new("RGB", (80, 80), "red")
+    image.paste("blue", (4, 4, 76, 76))
+    image.save(tmp_path / "framed.png")
+    images = dataset.ImageList([tmp_path / "framed.png"], [0])
+    for smallest, shows_border in ((1.0, True), (0.6, False)):
+        args = Namespace(image_size=40, smallest_crop=smallest, batch_size=1, seed=0, num_workers=0)
+        [(pixels, *_)] = finetune.make_loader(images, args, trains=False)
+        assert (pixels[0, 0, 0, 20] > pixels[0, 2, 0, 20]) == shows_border  # red or blue
 
 
 def test_results_of_a_probe_last_as_long_as_what_it_probed(colors: Path, tmp_path: Path) -> None:
