@@ -44,6 +44,7 @@ LARGEST_OVERLAP = 0.01  # fraction of test images that may be training images to
 BOX_EDGES = ("xmin", "ymin", "xmax", "ymax")  # of a box in PASCAL VOC XML
 N_BOXES = 16  # that a batch holds for each image
 N_NAMED = 10  # bad images that a message names
+ANNOTATIONS = ("annotation", "annotations")  # names of the folder of boxes
 HIDDEN = (".", "__MACOSX")  # beginnings of names that file systems, notebooks and archives leave
 PARTS = {"train": ("train", "training"), "valid": ("val", "valid", "validation"), "test": ("test", "testing")}
 
@@ -157,7 +158,7 @@ def match_classes(images: ImageList, class_names: list[str], path: Path) -> Imag
 
 def read_class_folders(folder: Path, part: str, split_rule: str) -> ImageList:
     """Images in one folder per class, at any depth. Raises UserError if there are none, or too few to train on."""
-    classes = subfolders(folder)
+    classes = {name: path for name, path in subfolders(folder).items() if name.lower() not in ANNOTATIONS}
     found = [files_below(path, IMAGE_SUFFIXES) for path in classes.values()]
     if not any(found):
         raise UserError(f"{folder} has no folders of images: put the images into {folder}/<class>/")
@@ -198,7 +199,7 @@ def find_annotations(images: ImageList, folders: dict[str, Path], others: Iterab
     They are files [<folder>/]<class>/<image name>[.xml], in any case, below Annotation/ among the folders of the data;
     <folder> is that of the part. others: folders of the other parts.
     """
-    boxes = [folders[name] for name in ("annotation", "annotations") if name in folders]
+    boxes = [folders[name] for name in ANNOTATIONS if name in folders]
     if not boxes:
         return images._replace(annotations=[None] * len(images.files))
     if len(boxes) > 1:
@@ -247,7 +248,7 @@ def split_list(images: ImageList, fraction: float, purpose: str, n_parts: int) -
     """Hold out a fraction of each class for a purpose. Returns (the rest, the images held out).
 
     They are chosen by a hash of the names of folder and file, so that adding or removing an image moves no other, but
-    in small classes: at least one is held out, n_parts - 1 kept. Copies count as one. Raises UserError for fewer.
+    at least one is held out and n_parts - 1 are kept. Copies count as one image. Raises UserError for too few images.
     """
     twins = first_twins(images.files)
     draws = {}
@@ -489,6 +490,8 @@ def read_training_data(args: Namespace, machine: Machine, last: dict | None = No
         test = ImageList()
         machine.print(f"note: --task=test will fail: {error}")
     train, valid, _ = check_images(args, machine, train, valid, test)  # bad test images, too, before hours of training
+    if lost := [name for label, name in enumerate(train.class_names) if label not in train.labels]:
+        raise UserError(f"--skip_bad_images leaves no training image of {lost[0]}: replace its images")
     data = {"class_names": train.class_names}
     stored, run = last["data"] if last else data, f"the run in {args.save_dir}"
     if data["class_names"] != stored["class_names"]:

@@ -14,7 +14,6 @@ from) and log.csv under --save_dir. The other tasks need saved_model.tar only. I
 import hashlib
 import math
 import random
-import time
 from argparse import Namespace
 from pathlib import Path
 from shlex import quote
@@ -72,7 +71,7 @@ def make_parser() -> utils.Parser:
 
 # --- training
 def look_at(noise: Tensor, boxes: Tensor, policy: str) -> Tensor:
-    """The noise [B, M, T, 2] for the network; for "oracle" the middle of the first, largest of the boxes [B, n, 4]."""
+    """The noise [B, M, T, 2] for the network; for "oracle" the middle of the first box, the largest, of [B, n, 4]."""
     location = (boxes[:, 0, :2] + boxes[:, 0, 2:] - 1).nan_to_num(0)  # without a box, the middle of the image
     return location.view(-1, 1, 1, 2).expand_as(noise) if policy == "oracle" else noise
 
@@ -236,18 +235,15 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
     valid_noise = evaluation_noise(args.policy, len(valid_list.files), 1, args.n_glimpses, args.seed)[:, :1]
     utils.print_opening(args, machine, model, dataset.describe(train_list, valid_list))
     for epoch in run.epochs:
-        start, title = time.perf_counter(), f"epoch {epoch + 1}/{args.epochs}"
         train_loader.sampler.epoch = epoch
         for group, lr in zip(optimizer.param_groups, (args.lr, args.attention_lr)):
             group["lr"] = utils.learning_rate(lr, args.lr_schedule, epoch, args.epochs)
         noise = training_noise(args, len(train_list.files), epoch, machine)
-        means = train_one_epoch(net, train_loader, noise, args, optimizer, machine, title)
+        means = train_one_epoch(net, train_loader, noise, args, optimizer, machine, f"epoch {epoch + 1}/{args.epochs}")
         valid, run.stored["thresholds"] = validate(net, valid_loader, valid_noise, args.policy, machine)
         rates = {name: group["lr"] for name, group in zip(("lr", "attention_lr"), optimizer.param_groups)}
-        seconds = time.perf_counter() - start
-        is_best = run.save(epoch, valid["nll"], model, optimizer, train=means, valid=valid, **rates, seconds=seconds)
-        scored = f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; valid {valid['accuracy']:.3f}"
-        machine.print(f"{title}: {scored}, NLL {valid['nll']:.3f}{' (best)' if is_best else ''}; {seconds:.0f} s")
+        text = f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; valid {valid['accuracy']:.3f}, NLL"
+        run.save(epoch, valid["nll"], f"{text} {valid['nll']:.3f}", train=means, valid=valid, **rates)
     machine.print(f"best classifier: {run.best_path}")
     skip = " --skip_bad_images" if args.skip_bad_images else ""
     machine.print(f"next: python main.py --task=test --save_dir {quote(str(args.save_dir))}{skip}")
@@ -388,7 +384,7 @@ def test(args: Namespace, machine: Machine, checkpoint: dict[str, Any]) -> None:
         more["stopping"] = stopping(probabilities[:, 0], labels, checkpoint.get("thresholds", []), costs[1])
         for point in more["stopping"]:
             right, cost = utils.describe_accuracy(point["accuracy"], n_images), point["multiply_adds"] / 1e9
-            machine.print(f"--stop_at {point['stop_at']:.3f}: {right}  {cost:.2f}e9 multiply-adds")
+            machine.print(f"stopping above {point['stop_at']:.6f}: {right}  {cost:.2f}e9 multiply-adds")
         more["backbone"] = {name: source[name] for name in ("arch", "patch_size", "file", "sha256")}
         utils.write_results(figures_path, args, machine, figures, **more)
         machine.print(f"figures: {figures_path}, predictions: {table_path}")
@@ -504,7 +500,7 @@ def view_glimpses(args: Namespace, machine: Machine, checkpoint: dict[str, Any])
     images = images.subset(fixed_choice(len(images.files), args.n_samples, args.seed))
     [images] = dataset.check_images(args, machine, images)
     if not images.files:
-        raise UserError(f"--data_dir: {args.data_dir} has no test images to draw")
+        raise UserError(f"--data_dir: {args.data_dir} has no test images that --policy {args.policy} could be drawn on")
     classifier, sheet = Classifier(args, machine, checkpoint), []
     glimpse, paths = classifier.model.glimpse, drawing_paths(args.imgs_dir, images.files)
     rows = [*zip(images.files, images.annotations, images.labels, paths)]

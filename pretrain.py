@@ -9,7 +9,6 @@ Training writes pt_glimpse_model.tar (the best backbone), pt_last.tar (to resume
 """
 
 import statistics
-import time
 from argparse import Namespace
 from pathlib import Path
 from shlex import quote
@@ -141,18 +140,15 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
     net = utils.wrap(model, machine)
     utils.print_opening(args, machine, model, dataset.describe(train_list, valid_list))
     for epoch in run.epochs:
-        start, title = time.perf_counter(), f"epoch {epoch + 1}/{args.epochs}"
         train_loader.sampler.epoch = epoch
         optimizer.param_groups[0]["lr"] = lr = utils.learning_rate(args.lr, args.lr_schedule, epoch, args.epochs)
-        means = train_one_epoch(net, train_loader, optimizer, machine, title)
+        means = train_one_epoch(net, train_loader, optimizer, machine, f"epoch {epoch + 1}/{args.epochs}")
         valid = evaluate(net, valid_loader, machine, "validation")
-        seconds = time.perf_counter() - start
         # All heads count, since one on a few hundred images says little; NLL would also measure their calibration.
         error = round(1 - statistics.fmean(valid[f"accuracy_{name}"] for name in HEADS), 6)  # so that ties are ties
-        is_best = run.save(epoch, error, model, optimizer, train=means, valid=valid, lr=lr, seconds=seconds)
         heads = ", ".join(f"{name} {valid['accuracy_' + name]:.2f}" for name in HEADS)
-        losses = f"loss {means['loss']:.3f}; valid {heads}, NLL {valid['nll']:.3f}"
-        machine.print(f"{title}: {losses}{' (best)' if is_best else ''}; {seconds:.0f} s")
+        text = f"loss {means['loss']:.3f}; valid {heads}, NLL {valid['nll']:.3f}"
+        run.save(epoch, error, text, train=means, valid=valid, lr=lr)
     machine.print(f"best backbone: {run.best_path}")
     folders = f"--data_dir {quote(str(args.data_dir))} --save_dir {quote(str(args.save_dir))}"
     skip = " --skip_bad_images" if args.skip_bad_images else ""

@@ -58,7 +58,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit("error: " + message.strip().replace("\n", " "))
     except (RuntimeError, MemoryError, KeyboardInterrupt) as error:
         if signals:  # which also end the loader's workers: PyTorch may report that as a RuntimeError
-            print("stopped: --resume_training=True continues from the last epoch saved in --save_dir", file=sys.stderr)
+            print("stopped: --resume_training=True continues a training from its last saved epoch", file=sys.stderr)
             sys.exit(128 + signals[0])
         if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
             sys.exit(f"error: --compile does not work here ({str(error).strip().splitlines()[0][:160]}): leave it out")
@@ -71,7 +71,7 @@ def run(main: Callable[[], None]) -> None:
 # --- flags
 
 # Flags that describe a command, not a run: checkpoints do not store them.
-OF_COMMAND = ("task", "save_dir", "imgs_dir", "images", "n_samples", "n_trajectories", "skip_bad_images")
+OF_COMMAND = ("task", "save_dir", "imgs_dir", "images", "n_samples", "n_trajectories", "stop_at", "skip_bad_images")
 OF_COMMAND += ("resume_training", "overwrite", "tensorboard", "device", "gpus", "compile", "num_workers")
 MAY_CHANGE = ("data_dir", "epochs", "batch_size", "lr", "attention_lr", "lr_schedule", "precision")  # when resuming
 
@@ -195,7 +195,7 @@ def choose_gpus(wanted: str, n_gpus: int, local_rank: int | None) -> list[int]:
     """The GPUs of this process: those wanted, else all; under torchrun the one of its local rank. Raises UserError."""
     gpus = [int(number) for number in wanted.split(",")] if wanted else list(range(n_gpus))
     if max(gpus, default=0) >= n_gpus or (local_rank or 0) >= len(gpus):
-        raise UserError(f"--gpus {wanted or 'all'}: there are {n_gpus} GPUs, from 0 on; torchrun needs one per process")
+        raise UserError(f"--gpus {wanted or 'all'}: {n_gpus} GPUs found, numbered from 0; torchrun needs one each")
     return gpus if local_rank is None else [gpus[local_rank]]
 
 
@@ -457,7 +457,8 @@ class Run:
         self.best_path, self.last_path, self.log_path = (args.save_dir / name for name in files[:3])
         present = [name for name in files[:3] if os.path.exists(args.save_dir / name)]
         if present and not last and not args.overwrite:
-            ways = "continue it with --resume_training=True, replace it with --overwrite, or choose another --save_dir"
+            ways = "continue it with --resume_training=True, " if files[1] in present else ""
+            ways += "replace it with --overwrite, or choose another --save_dir"
             raise UserError(f"{args.save_dir} holds an earlier run ({', '.join(present)}): {ways}")
         names = files[1:] if present and not last else ()  # of what the first checkpoint replaces besides the best one
         self.replaced = [path for name in names for path in args.save_dir.glob(name)]
@@ -468,7 +469,8 @@ class Run:
     def start(self, model: nn.Module, optimizer: Optimizer, best: dict[str, nn.Module], **origin: Any) -> None:
         """Try the folder and restore a resumed run. best: modules of the best checkpoint; origin: entries of both."""
         prepare_folder(self.args.save_dir)
-        self.best, self.stored = best, {**provenance(self.args, self.machine), **origin}
+        self.model, self.optimizer, self.best = model, optimizer, best
+        self.stored = {**provenance(self.args, self.machine), **origin}
         if self.last:
             load_state(model.load_state_dict, self.last["model_dict"], self.last_path)
             load_state(optimizer.load_state_dict, self.last["optimizer"], self.last_path)
@@ -481,6 +483,7 @@ class Run:
 
             folder = self.args.save_dir / "tensorboard" / self.log_path.stem
             self.board = SummaryWriter(folder, purge_step=self.epochs.start + 1)
+        self.epoch_start = time.perf_counter()
 
     def save_best(self, epoch: int, metrics: dict[str, float]) -> None:
         """Write the best checkpoint, of this epoch (from 0; -1: untrained). The first one replaces an earlier run."""
@@ -489,9 +492,10 @@ class Run:
         states = {name: cpu_state(module) for name, module in self.best.items()}
         save_checkpoint(self.best_path, {**states, "epoch": epoch, "metrics": metrics, **self.stored})
 
-    def save(self, epoch: int, score: float, model: nn.Module, optimizer: Optimizer, **metrics: Any) -> bool:
-        """Write an epoch (from 0), also as the best one if no earlier score is lower. Returns whether it is."""
+    def save(self, epoch: int, score: float, text: str, **metrics: Any) -> None:
+        """Write an epoch (from 0), also as the best one if no earlier score is lower, and print the text."""
         is_best, self.best_score = score <= self.best_score, min(score, self.best_score)
+        metrics["seconds"] = seconds = time.perf_counter() - self.epoch_start
         row = {"epoch": epoch + 1}
         for part, value in metrics.items():  # numbers, or dicts of them
             row |= {f"{part}_{name}": one for name, one in value.items()} if isinstance(value, dict) else {part: value}
@@ -505,6 +509,7 @@ class Run:
                     self.board.add_scalar("/".join(reversed(name.split("_", 1))), value, epoch + 1)
                 self.board.flush()
             # Last, so that a run that is stopped before repeats the epoch when resumed.
-            state = {"model_dict": cpu_state(model), "optimizer": optimizer.state_dict(), "log": self.rows}
+            state = {"model_dict": cpu_state(self.model), "optimizer": self.optimizer.state_dict(), "log": self.rows}
             save_checkpoint(self.last_path, {**state, "epoch": epoch, "best_score": self.best_score, **self.stored})
-        return is_best
+        self.machine.print(f"epoch {epoch + 1}/{self.args.epochs}: {text}{' (best)' * is_best}; {seconds:.0f} s")
+        self.epoch_start = time.perf_counter()

@@ -89,8 +89,9 @@ def test_images_of_equal_name_size_and_border_are_told_apart(tmp_path: Path) -> 
                 image.paste((40 * i, 40 * j, 40 * k), (50, 10, 150, 90))
                 image.save(tmp_path / "data" / part / name / f"{k}.bmp")
     train_both(tmp_path, "--epochs", "0")
-    for script in (pretrain, main):
+    for script, name in ((pretrain, "pt_results.json"), (main, "results_learned.json")):
         script.main([*flags(tmp_path), "--task=test"])
+        assert read_results(tmp_path / "out" / name)["images_seen_in_training"] == 0
 
 
 def test_copies_of_an_image_go_to_the_same_part(tmp_path: Path) -> None:
@@ -290,6 +291,14 @@ def test_boxes_are_found_where_they_belong(place: str, image: str | None, tmp_pa
     assert found == ({tmp_path / image: tmp_path / place} if image else {})
 
 
+def test_boxes_lie_beside_folders_of_classes(tmp_path: Path) -> None:
+    """The folder of boxes is not taken for a class without images."""
+    touch(tmp_path, "cat/0.jpg", "dog/0.jpg", "Annotation/cat/0.xml")
+    images = read_list(tmp_path, "all")
+    assert images.class_names == ["cat", "dog"]
+    assert images.annotations == [tmp_path / "Annotation" / "cat" / "0.xml", None]
+
+
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_boxes_are_not_those_of_another_part(part: str, tmp_path: Path) -> None:
     """Annotation/cat/0 is of train/cat/0.jpg or of test/cat/0.jpg: nobody knows."""
@@ -436,6 +445,20 @@ def test_bad_test_image_is_named_before_training(script: ModuleType, trained: Pa
     assert line.startswith(f"error: 1 of 21 images cannot be used: image {victim} cannot be read (not an image)")
     assert contents(trained / "out") == before
     script.main([*argv, "--skip_bad_images"])
+
+
+@pytest.mark.parametrize("script", [pretrain, main])
+def test_class_without_a_good_training_image_is_refused(script: ModuleType, trained: Path, trained_once: Path) -> None:
+    """As if all photos of a class were HEIC and pillow-heif not installed."""
+    shutil.copytree(trained_once / "data", trained / "data")
+    images, _ = read_training_lists(trained / "data", 0.3)
+    for file, label in zip(images.files, images.labels):
+        if label == 0:
+            file.write_bytes(b"no image")
+    argv, before = [*flags(trained), *OWN[script], "--epochs", "0", "--overwrite"], contents(trained / "out")
+    line = fails(script, [*argv, "--skip_bad_images"])
+    assert line.endswith(f"--skip_bad_images leaves no training image of {images.class_names[0]}: replace its images")
+    assert contents(trained / "out") == before
 
 
 def test_bad_test_image_is_drawn_around(trained: Path, trained_once: Path, capsys: pytest.CaptureFixture) -> None:

@@ -153,7 +153,7 @@ def test_stopped_by_a_signal(
     assert finish(process) == exit_code, printed.read_text()
     *_, line = printed.read_text().splitlines()
     last = folder / FILES[script][0]
-    assert line == "stopped: --resume_training=True continues from the last epoch saved in --save_dir"
+    assert line == "stopped: --resume_training=True continues a training from its last saved epoch"
     assert "Traceback" not in printed.read_text() and not list(folder.glob("*.tmp"))
     n_saved = read(last)["epoch"] + 1
     (tmp_path / "backbone.tar").unlink(missing_ok=True)  # the checkpoint has its weights

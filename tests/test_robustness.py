@@ -382,7 +382,7 @@ def test_scales_gpus_and_contradictions(main_args: list[str], save_dir: Path, ma
     missing = str(torch.cuda.device_count())
     words = [word for word in main_args if word not in ("--device", "cpu")]
     message = fails(main, [*words, "--device", "cuda", "--gpus", missing])
-    assert f"--gpus {missing}: there are {missing} GPUs, from 0 on" in message
+    assert f"--gpus {missing}: {missing} GPUs found, numbered from 0" in message
     main.main([*main_args, *MODEL, "--epochs", "1"])
     before = [(save_dir / name).read_bytes() for name in main.FILES[:3]]
     for flag, value in (
@@ -661,11 +661,11 @@ def test_lack_of_memory_ends_with_one_line(main_args: list[str]) -> None:
         ("1,3", 4, None, [1, 3]),
         ("1,3", 4, 1, [3]),
         ("2", 4, 0, [2]),
-        ("", 0, None, "--gpus all: there are 0 GPUs, "),
-        ("4", 4, None, "--gpus 4: there are 4 GPUs, from 0 on"),
-        ("0,7", 4, 0, "--gpus 0,7: there are 4 GPUs, "),
-        ("", 4, 4, "--gpus all: there are 4 GPUs, .* one per process"),
-        ("1,3", 4, 2, "--gpus 1,3: there are 4 GPUs, .* one per process"),
+        ("", 0, None, "--gpus all: 0 GPUs found, "),
+        ("4", 4, None, "--gpus 4: 4 GPUs found, numbered from 0"),
+        ("0,7", 4, 0, "--gpus 0,7: 4 GPUs found, "),
+        ("", 4, 4, "--gpus all: 4 GPUs found, .* one each"),
+        ("1,3", 4, 2, "--gpus 1,3: 4 GPUs found, .* one each"),
     ],
 )
 def test_gpus_of_a_process(wanted: str, n_gpus: int, local_rank: int | None, chosen: list[int] | str) -> None:

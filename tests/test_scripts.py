@@ -97,7 +97,7 @@ def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, c
     assert [(line[:15].rstrip(), line[15:35].rstrip()) for line in lines[1:-13]] == [
         (subject, estimate) for subject in subjects for estimate in kinds
     ]
-    assert all(line.startswith("--stop_at ") for line in lines[-13:-2])
+    assert all(line.startswith("stopping above ") for line in lines[-13:-2])
 
     main.main([*shared, "--task", "view_glimpses", "--n_samples", "4"])
     images = dataset.read_list(shared[1], "test")
@@ -622,7 +622,7 @@ def test_earlier_run_is_replaced_only_on_demand(training: tuple[ModuleType, list
 
     paths[1].unlink()  # now there is nothing to resume from
     message = fails(script, [*argv, "--epochs", "1"])
-    assert f"({files[0]}, {files[2]})" in message
+    assert f"({files[0]}, {files[2]})" in message and "--resume_training" not in message
     assert "--overwrite" in message
 
 
