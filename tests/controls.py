@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--policy {args.policy}: only a learned gaze has places of its own to exchange")
     machine = utils.set_up_machine(args)
     images, _ = dataset.read_test_list(args, machine, checkpoint, args.save_dir / classifier.FILES[0])
+    if len(images.files) < 2:
+        raise UserError(f"--data_dir: {args.data_dir} has one test image, which has no other to exchange its gaze with")
     model = classifier.Classifier(args, machine, checkpoint).model
     net, labels = utils.wrap(model, machine), torch.tensor(images.labels)
     loader = dataset.make_loader(images, args, machine, model.glimpse.canvas_size)

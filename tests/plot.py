@@ -11,6 +11,7 @@ The drawings need matplotlib: pip install matplotlib. For curves that grow while
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -81,7 +82,7 @@ def read_rivals(folders: list[Path]) -> list[Rival]:
         settings = content["settings"]
         if path.name.startswith("probe_"):
             family, weights = "whole image", Path(settings["weights"]).stem
-            curve = f"linear probe, weights {weights}"
+            curve = f"linear probe, weights {weights}, {Path(settings['data_dir']).name}"
             label = f"{settings['patch_size']} px" + ("" if weights.startswith("pt_") else ", ImageNet weights")
             detail = f"central square, {settings['arch']} at {settings['patch_size']} pixels"
         elif path.name.startswith("finetune_"):
@@ -113,7 +114,7 @@ def read_rivals(folders: list[Path]) -> list[Rival]:
                 cost = content["multiply_adds"][estimate]
                 rivals.append(Rival(family, name, label, what, cost, figures["accuracy"], content["images"]))
     if not rivals:
-        sys.exit(f"error: no results_*.json or probe_*.json below {', '.join(map(str, folders))}: test or probe first")
+        sys.exit(f"error: no {', '.join(names)} below {', '.join(map(str, folders))}: test or probe first")
     return sorted(rivals, key=lambda rival: (rival.curve, rival.multiply_adds, rival.detail))
 
 
@@ -142,7 +143,8 @@ def is_drawn(rival: Rival) -> bool:
 def read_stopping(folders: list[Path]) -> list[tuple[str, str, list[tuple[float, float]]]]:
     """Family, label and points (billions of multiply-adds, accuracy in %) of all that stops when it is sure.
 
-    They are the classifiers with a glance, and cascades of linear probes: a small whole image, a larger one if unsure.
+    They are classifiers with several predictions, and cascades of linear probes: a small whole image, a larger one if
+    unsure.
     """
     curves, probes = [], defaultdict(list)
     names = ("results_*.json", "probe_*.json")
@@ -152,10 +154,11 @@ def read_stopping(folders: list[Path]) -> list[tuple[str, str, list[tuple[float,
             points = [(point["multiply_adds"] / 1e9, 100 * point["accuracy"]) for point in content["stopping"]]
             curves.append(("learned gaze" if "learned" in path.name else "fixed gaze", "stops when sure", points))
         elif path.name.startswith("probe_") and content.get("thresholds"):
-            size, weights = int(content["settings"]["patch_size"]), content["settings"]["weights"]
-            probes[path.parent, weights].append((size, content["multiply_adds"]["linear probe"] / 1e9, content, path))
-    for of_weights in probes.values():
-        (small, cost, content, path), *larger = sorted(of_weights, key=lambda probe: probe[0])
+            settings, cost = content["settings"], content["multiply_adds"]["linear probe"] / 1e9
+            same = (path.parent, settings["arch"], settings["weights"], settings["data_dir"])
+            probes[same].append((int(settings["patch_size"]), cost, content, path))
+    for of_network in probes.values():
+        (small, cost, content, path), *larger = sorted(of_network, key=lambda probe: probe[0])
         first = read_rows(path.parent / f"predictions_{path.stem}.csv", None)[0]
         for size, more, _, other in larger:
             points, second = [], read_rows(other.parent / f"predictions_{other.stem}.csv", None)[0]
@@ -220,8 +223,10 @@ def draw_law(folders: list[Path], pyplot: Any) -> Any:
         for rival in filter(is_drawn, read_rivals([folder])):
             name = f"whole image, {rival.label}" if rival.family == "whole image" else rival.curve
             name += ", 2 x 2 cells" if name == "learned" else ""
-            lines[rival.family, name].append((scale, rival))
-            costs[name] = rival.multiply_adds / 1e9
+            line, cost = lines[rival.family, name], rival.multiply_adds / 1e9
+            if scale in dict(line) or costs.setdefault(name, cost) != cost:
+                sys.exit(f"error: {folder} has another run of {name}: one for each scale, of equal cost, can be drawn")
+            line.append((scale, rival))
     print("| method | billions of multiply-adds | scale | accuracy in % | 95 % interval |\n|---|---|---|---|---|")
     figure, panel = pyplot.subplots(figsize=(9, 5), layout="constrained")
     for (family, name), points in sorted(lines.items(), key=lambda item: costs[item[0][1]]):
@@ -274,7 +279,7 @@ def stop(first: dict[str, dict], second: dict[str, dict], threshold: float) -> t
     Both are tables of `read_rows`.
     """
     if first.keys() != second.keys():
-        sys.exit("error: a cascade needs two tables of the same images")
+        sys.exit("error: a cascade needs two tables of the same images: give two tests of one --data_dir")
     unsure = [file for file, row in first.items() if not float(row["probability_1"]) > threshold]
     return {**first, **{file: second[file] for file in unsure}}, len(unsure)
 
@@ -376,7 +381,10 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--out", type=Path, default=Path("cascade.csv"), help="table to write (%(default)s)")
     args = parser.parse_args(argv)
     if "out" in args:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+        if args.out.is_dir() or not args.out.parent.is_dir():
+            sys.exit(f"error: --out {args.out} cannot be written: name a file in a folder")
     if args.command == "classes":
         print_classes(args.table, args.estimate)
     elif args.command == "compare":

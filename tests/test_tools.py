@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -290,6 +291,7 @@ def test_rivals_are_drawn_from_what_tests_and_probes_wrote(tmp_path: Path, capsy
     of_k_2 = {"policy": "learned", **sizes, "k": "2"}
     write(tmp_path / "2" / "3" / "results_learned.json", "policy learned", estimates, **of_k_2)
     of_probe, context = {"arch": "resnet50", "weights": "a/b.pth", "patch_size": "96"}, {"classify_context": "True"}
+    of_probe["data_dir"] = "data/dogs"
     write(tmp_path / "probe_96.json", "probe", {"linear probe": (0.3, 10**9)}, **of_probe)
     of_whole = {"arch": "resnet50", "weights": "a/b.pth", "image_size": "224"}
     write(tmp_path / "finetune_224.json", "finetune", {"fine-tuned ResNet": (0.7, 4 * 10**9)}, **of_whole)
@@ -306,7 +308,7 @@ def test_rivals_are_drawn_from_what_tests_and_probes_wrote(tmp_path: Path, capsy
         "| learned | k 2, start_size 2, 2 glimpses, resnet18 at 32 pixels | 3.0 | 50.0 | 36.6 to 63.4 |",
         "| learned, average of 7 | k 1, start_size 2, 2 glimpses, resnet18 at 32 pixels | 9.0 | 60.0 | 46.2 to 72.4 |",
         "| learned, average of 7 | k 2, start_size 2, 2 glimpses, resnet18 at 32 pixels | 9.0 | 60.0 | 46.2 to 72.4 |",
-        "| linear probe, weights b | central square, resnet50 at 96 pixels | 1.0 | 30.0 | 19.1 to 43.8 |",
+        "| linear probe, weights b, dogs | central square, resnet50 at 96 pixels | 1.0 | 30.0 | 19.1 to 43.8 |",
     ]
     [panel] = pyplot.gcf().axes
     families = {text.get_text() for text in panel.get_legend().get_texts()}
@@ -318,7 +320,7 @@ def test_rivals_are_drawn_from_what_tests_and_probes_wrote(tmp_path: Path, capsy
     ]
     with Image.open(tmp_path / "rivals.png") as image:
         assert len(image.convert("RGB").getcolors(2**16)) > 50
-    with pytest.raises(SystemExit, match="no results_"):
+    with pytest.raises(SystemExit, match="no probe_.*, results_.*none: test or probe first"):
         plot.main(["rivals", str(tmp_path / "2" / "3" / "none")])
     of_others = {"results_grid_my_photos.json": ("policy grid", "deterministic", of_grid)}
     of_others["pt_results_my_photos.json"] = ("heads", "23", of_probe)
@@ -371,19 +373,23 @@ def test_law_is_drawn_by_scale(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     (tmp_path / "0.5").rename(tmp_path / "half")
     with pytest.raises(SystemExit, match="half is not named after a scale"):
         plot.main(["law", str(tmp_path / "half")])
+    shutil.copytree(tmp_path / "0.25" / "learned", tmp_path / "0.25" / "of another seed")
+    with pytest.raises(SystemExit, match="0.25 has another run of learned, 6 x 6 cells"):
+        plot.main(["law", str(tmp_path / "0.25"), "--out", str(tmp_path / "law.png")])
 
 
 def test_cascade_and_stopping_curves(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The small probe is sure of the first two of four images: right and wrong; the large one is right on all."""
     truth, sure = "abab", (0.9, 0.8, 0.4, 0.3)
-    for size, answers, cost in ((96, "aaaa", 3), (128, "abab", 5)):
-        name = f"probe_resnet18_w_{size}"
+    for size, answers, cost, data in ((96, "aaaa", 3, "x"), (128, "abab", 5, "x"), (128, "bbbb", 5, "other")):
+        name = f"probe_resnet18_w_{size}_{data}"
         rows = [
-            {"file": i, "estimate": "linear probe", "true_class": a, "class_1": b, "probability_1": p}
+            {"file": f"{data}{i}", "estimate": "linear probe", "true_class": a, "class_1": b, "probability_1": p}
             for i, (a, b, p) in enumerate(zip(truth, answers, sure))
         ]
         utils.write_table(tmp_path / f"predictions_{name}.csv", rows)
-        content = {"settings": {"patch_size": str(size), "weights": "w", "arch": "resnet18"}, "images": 4}
+        settings = {"patch_size": str(size), "weights": "w", "arch": "resnet18", "data_dir": f"data/{data}"}
+        content = {"settings": settings, "images": 4}
         content |= {"multiply_adds": {"linear probe": cost * 10**9}, "thresholds": [0.0, 0.5, 1.0]}
         content["figures"] = {"probe": {"linear probe": {"accuracy": 0.5}}}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -396,7 +402,7 @@ def test_cascade_and_stopping_curves(tmp_path: Path, capsys: pytest.CaptureFixtu
     ]
     plot.main(["rivals", str(tmp_path), "--out", str(tmp_path / "rivals.png")])
     assert "96, then 128 px if unsure" in [text.get_text() for text in pyplot.gcf().axes[0].texts]
-    small, large = (str(tmp_path / f"predictions_probe_resnet18_w_{size}.csv") for size in (96, 128))
+    small, large = (str(tmp_path / f"predictions_probe_resnet18_w_{size}_x.csv") for size in (96, 128))
     capsys.readouterr()
     plot.main(["cascade", small, large, "--stop_at", "0.5", "--out", str(tmp_path / "both.csv")])
     assert (
@@ -406,7 +412,11 @@ def test_cascade_and_stopping_curves(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "A - B: -25.0 points" in capsys.readouterr().out
     write_predictions(tmp_path / "other.csv", {"linear probe": "a"}, "a")
     with pytest.raises(SystemExit, match="same images"):
-        plot.main(["cascade", small, str(tmp_path / "other.csv"), "--stop_at", "0.5"])
+        plot.main(
+            ["cascade", small, str(tmp_path / "other.csv"), "--stop_at", "0.5", "--out", str(tmp_path / "no.csv")]
+        )
+    with pytest.raises(SystemExit, match="cannot be written: name a file"):
+        plot.main(["cascade", small, large, "--stop_at", "0.5", "--out", str(tmp_path)])
 
 
 def test_classes_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
