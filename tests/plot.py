@@ -178,7 +178,7 @@ def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
         low, high = (100 * edge for edge in rival.interval())
         cells = f"{rival.multiply_adds / 1e9:.1f} | {100 * rival.accuracy:.1f} | {low:.1f} to {high:.1f}"
         print(f"| {rival.curve} | {rival.detail} | {cells} |")
-    figure, panel = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    figure, panel = pyplot.subplots(figsize=(10, 7), layout="constrained")
     rivals, labeled = list(filter(is_drawn, rivals)), []
     for rival, cost in zip(rivals, side_by_side(rivals)):
         low, high = (100 * edge for edge in rival.interval())
@@ -188,7 +188,7 @@ def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
         same = [(c, a) for c, a, family in labeled if family == rival.family]
         close = [a for c, a in same if abs(c / cost - 1) < 0.1 and abs(a - height) < 1]
         labeled.append((cost, height, rival.family))
-        places = {"fixed gaze": ("right", -6, -3), "whole image": ("center", 0, 28), "learned gaze": ("left", 6, -3)}
+        places = {"fixed gaze": ("right", -6, -13), "whole image": ("right", -5, 6), "learned gaze": ("left", 6, -3)}
         align, x, y = places[rival.family]
         style = {"textcoords": "offset points", "fontsize": "x-small", "ha": align, "color": color}
         panel.annotate(rival.label, (cost, height), (x, y + 9 * len(close)), **style)
@@ -203,7 +203,7 @@ def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
     ticks = sorted({round(rival.multiply_adds / 1e9) for rival in rivals})
     panel.set_xticks(ticks, map(str, ticks), minor=False)
     panel.set_xticks([], minor=True)
-    panel.margins(x=0.15)
+    panel.margins(x=0.2)
     panel.grid(alpha=0.3)
     panel.legend(fontsize="small", loc="lower right")
     return figure
