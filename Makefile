@@ -5,16 +5,16 @@ RUN     = $(VENV)/bin/python
 TOY       = data/toy
 OUT       = $(TOY)/saved_models
 UNTRAINED = $(OUT)/untrained
-GLIMPSES  = --k 1 --start_size 1 --rnn_hidden 256
+GLIMPSES  = --k 1 --start_size 1 --rnn_hidden 256 --lr 1e-3
 PRETRAIN_EPOCHS = 5
 EPOCHS = 4
-TRAIN     = --data_dir $(TOY) --save_dir $(OUT) --batch_size 32 --lr 1e-3 --epochs 10 --overwrite
+TRAIN     = --data_dir $(TOY) --save_dir $(OUT) --batch_size 32 --precision fp32 --overwrite
 
 .PHONY: demo stanford_dogs toy_table test test-slow clean
 
 # Everything that the repository does, on a small synthetic set, in minutes on a CPU.
 demo: $(VENV)/.installed $(TOY)/lists/test_list.mat
-	$(RUN) pretrain.py $(TRAIN) --weights none --arch resnet18 --patch_size 32
+	$(RUN) pretrain.py $(TRAIN) --weights none --arch resnet18 --patch_size 32 --lr 5e-4 --epochs 10
 	$(RUN) main.py $(TRAIN) $(GLIMPSES) --epochs 0 --save_dir $(UNTRAINED) --backbone $(OUT)/pt_glimpse_model.tar
 	$(RUN) main.py $(TRAIN) $(GLIMPSES) --epochs 12
 	$(RUN) main.py --save_dir $(UNTRAINED) --task=view_glimpses --imgs_dir imgs/toy/before

@@ -285,10 +285,9 @@ def main(argv: list[str] | None = None) -> None:
     shared = (
         f"--data_dir {shlex.quote(str(args.data_dir))} --save_dir {shlex.quote(str(args.data_dir / 'saved_models'))}"
     )
-    optimization = "--batch_size 32 --lr 1e-3 --epochs 10"
     backbone = f"--weights none --arch resnet18 --patch_size {patch_size(args.size)}"
-    print(f"next: python pretrain.py {shared} {backbone} {optimization}")
-    print(f"then: python main.py {shared} --k 1 --start_size 1 --rnn_hidden 256 {optimization}")
+    print(f"next: python pretrain.py {shared} {backbone} --batch_size 32 --lr 5e-4 --epochs 10")
+    print(f"then: python main.py {shared} --k 1 --start_size 1 --rnn_hidden 256 --batch_size 32 --lr 1e-3 --epochs 12")
 
 
 if __name__ == "__main__":

@@ -107,9 +107,9 @@ def test_same_seed_same_bytes(tmp_path):
     drawn, *commands = process.stdout.splitlines()
     assert str(Path("data/toy")) in drawn and commands == [
         "next: python pretrain.py --data_dir data/toy --save_dir data/toy/saved_models --weights none --arch resnet18 "
-        "--patch_size 32 --batch_size 32 --lr 1e-3 --epochs 10",
+        "--patch_size 32 --batch_size 32 --lr 5e-4 --epochs 10",
         "then: python main.py --data_dir data/toy --save_dir data/toy/saved_models --k 1 --start_size 1 "
-        "--rnn_hidden 256 --batch_size 32 --lr 1e-3 --epochs 10",
+        "--rnn_hidden 256 --batch_size 32 --lr 1e-3 --epochs 12",
     ]
     first = contents(tmp_path / "data" / "toy")
     np.random.seed(1)  # the global generator has no effect

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BACKBONE = ["--weights", "none", "--arch", "resnet18", "--patch_size", "32", "--epochs", "10"]
-CLASSIFIER = ["--k", "1", "--start_size", "1", "--rnn_hidden", "256"]
+BACKBONE = ["--weights", "none", "--arch", "resnet18", "--patch_size", "32", "--lr", "5e-4", "--epochs", "10"]
+CLASSIFIER = ["--k", "1", "--start_size", "1", "--rnn_hidden", "256", "--lr", "1e-3"]
 FAITHFUL = ["--lr_schedule", "constant", "--attention_lr", "1e-3", "--supervision", "last"]
 ROWS = {
     "learned": [],
@@ -55,8 +55,8 @@ def read_figures(path: Path) -> dict[str, float]:
 def measure(data_dir: Path, out: Path, seed: int) -> dict[str, dict[str, float]]:
     """Train and test all rows with a seed, but for those that are done. Returns the figures of each."""
     folder = out / f"seed_{seed}"
-    data = ["--data_dir", str(data_dir), "--batch_size", "32"]
-    training = [*data, "--lr", "1e-3", "--seed", str(seed), "--overwrite"]  # what an interrupted run left
+    data = ["--data_dir", str(data_dir), "--batch_size", "32", "--precision", "fp32"]
+    training = [*data, "--seed", str(seed), "--overwrite"]  # what an interrupted run left
     if not (folder / "done").exists():
         run("pretrain.py", [*training, "--save_dir", str(folder), *BACKBONE])
         (folder / "done").touch()
@@ -65,7 +65,7 @@ def measure(data_dir: Path, out: Path, seed: int) -> dict[str, dict[str, float]]
         save_dir = folder / row.replace(",", "").replace(" ", "_")
         if not [*save_dir.glob("results_*.json")]:
             place, backbone = ["--save_dir", str(save_dir)], ["--backbone", str(folder / "pt_glimpse_model.tar")]
-            run("main.py", [*training, *place, *backbone, *CLASSIFIER, "--epochs", "10", *flags])
+            run("main.py", [*training, *place, *backbone, *CLASSIFIER, "--epochs", "12", *flags])
             run("main.py", [*data, *place, "--task=test", "--seed", str(seed)])
         [results] = save_dir.glob("results_*.json")
         figures[row] = read_figures(results)
