@@ -194,8 +194,8 @@ def draw_rivals(folders: list[Path], pyplot: Any) -> Any:
         panel.annotate(rival.label, (cost, height), (x, y + 9 * len(close)), **style)
     for family, label, points in read_stopping(folders):
         panel.plot(*zip(*points), ".--", linewidth=1, color=HUES[family])
-        place = points[len(points) // 2]
-        panel.annotate(label, place, (0, 6), textcoords="offset points", fontsize="x-small", color=HUES[family])
+        style = {"textcoords": "offset points", "fontsize": "x-small", "ha": "right", "color": HUES[family]}
+        panel.annotate(label, points[-1], (-4, -14), **style)
     for family in dict.fromkeys(rival.family for rival in rivals):
         panel.plot([], [], MARKERS[family], color=HUES[family], label=family)
     title = "What one image costs, and how often the answer is right"
