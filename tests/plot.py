@@ -214,7 +214,7 @@ def draw_law(folders: list[Path], pyplot: Any) -> Any:
 
     Each folder is named after the scale of its runs, such as 0.25.
     """
-    lines, costs = defaultdict(list), {}
+    lines, costs, labeled = defaultdict(list), {}, []
     for folder in folders:
         try:
             scale = float(folder.name)
@@ -240,13 +240,15 @@ def draw_law(folders: list[Path], pyplot: Any) -> Any:
         panel.errorbar(scales, heights, list(edges), linestyle=":" if name == "oracle" else "-", **style)
         label = f"{name}: {costs[name]:.1f} "
         style = {"textcoords": "offset points", "fontsize": "small", "ha": "right", "color": HUES[family]}
-        panel.annotate(label, (scales[0], heights[0]), (-6, -3), **style)
+        close = [height for height in labeled if abs(height - heights[0]) < 3]  # whose labels this one stands above
+        labeled.append(heights[0])
+        panel.annotate(label, (scales[0], heights[0]), (-6, -3 + 11 * len(close)), **style)
     scales = sorted({scale for points in lines.values() for scale, _ in points})
     panel.set(xscale="log", title="The smaller the dog, the more it pays to choose where to look",
               xlabel="side of the photo of the dog, in sides of the image", ylabel="test accuracy in %")  # fmt: skip
     panel.set_xticks(scales, [f"{scale:.2g}" for scale in scales])
     panel.set_xticks([], minor=True)
-    panel.set_xlim(scales[0] * (scales[0] / scales[-1]) ** 0.35, scales[-1] * 1.05)
+    panel.set_xlim(scales[0] * (scales[0] / scales[-1]) ** 0.42, scales[-1] * 1.05)
     panel.text(0.99, 0.02, "numbers: billions of multiply-adds per image", transform=panel.transAxes, ha="right",
                fontsize="small")  # fmt: skip
     panel.grid(alpha=0.3)
