@@ -500,7 +500,7 @@ def view_glimpses(args: Namespace, machine: Machine, checkpoint: dict[str, Any])
     images = images.subset(fixed_choice(len(images.files), args.n_samples, args.seed))
     [images] = dataset.check_images(args, machine, images)
     if not images.files:
-        raise UserError(f"--data_dir: {args.data_dir} has no test images that --policy {args.policy} could be drawn on")
+        raise UserError(f"--data_dir: {args.data_dir} has no test images to draw with --policy {args.policy}")
     classifier, sheet = Classifier(args, machine, checkpoint), []
     glimpse, paths = classifier.model.glimpse, drawing_paths(args.imgs_dir, images.files)
     rows = [*zip(images.files, images.annotations, images.labels, paths)]
