@@ -92,6 +92,7 @@ def test_pretraining_then_every_task(pretrain_args: list[str], tmp_path: Path, c
         f"figures: {out / 'results_learned.json'}, predictions: {out / 'predictions_learned.csv'}",
         f"next: python main.py --task=view_glimpses --data_dir {shared[1]} --save_dir {out}",  # what can be typed
     ]
+    assert "stop_at" not in read(out / "saved_model.tar")["settings"]  # a flag of one command
     subjects = ("policy learned", "glimpse 1", "glimpse 2")
     kinds = ("deterministic", "sampled trajectory", "average of 3")
     assert [(line[:15].rstrip(), line[15:35].rstrip()) for line in lines[1:-13]] == [
