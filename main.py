@@ -235,15 +235,16 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
     valid_noise = evaluation_noise(args.policy, len(valid_list.files), 1, args.n_glimpses, args.seed)[:, :1]
     utils.print_opening(args, machine, model, dataset.describe(train_list, valid_list))
     for epoch in run.epochs:
+        title = f"epoch {epoch + 1}/{args.epochs}"
         train_loader.sampler.epoch = epoch
         for group, lr in zip(optimizer.param_groups, (args.lr, args.attention_lr)):
             group["lr"] = utils.learning_rate(lr, args.lr_schedule, epoch, args.epochs)
         noise = training_noise(args, len(train_list.files), epoch, machine)
-        means = train_one_epoch(net, train_loader, noise, args, optimizer, machine, f"epoch {epoch + 1}/{args.epochs}")
+        means = train_one_epoch(net, train_loader, noise, args, optimizer, machine, title)
         valid, run.stored["thresholds"] = validate(net, valid_loader, valid_noise, args.policy, machine)
         rates = {name: group["lr"] for name, group in zip(("lr", "attention_lr"), optimizer.param_groups)}
-        text = f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; valid {valid['accuracy']:.3f}, NLL"
-        run.save(epoch, valid["nll"], f"{text} {valid['nll']:.3f}", train=means, valid=valid, **rates)
+        scored = f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}; valid {valid['accuracy']:.3f}"
+        run.save(epoch, valid["nll"], f"{title}: {scored}, NLL {valid['nll']:.3f}", train=means, valid=valid, **rates)
     machine.print(f"best classifier: {run.best_path}")
     skip = " --skip_bad_images" if args.skip_bad_images else ""
     machine.print(f"next: python main.py --task=test --save_dir {quote(str(args.save_dir))}{skip}")

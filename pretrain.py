@@ -140,15 +140,16 @@ def train(args: Namespace, machine: Machine, last: dict[str, Any] | None) -> Non
     net = utils.wrap(model, machine)
     utils.print_opening(args, machine, model, dataset.describe(train_list, valid_list))
     for epoch in run.epochs:
+        title = f"epoch {epoch + 1}/{args.epochs}"
         train_loader.sampler.epoch = epoch
         optimizer.param_groups[0]["lr"] = lr = utils.learning_rate(args.lr, args.lr_schedule, epoch, args.epochs)
-        means = train_one_epoch(net, train_loader, optimizer, machine, f"epoch {epoch + 1}/{args.epochs}")
+        means = train_one_epoch(net, train_loader, optimizer, machine, title)
         valid = evaluate(net, valid_loader, machine, "validation")
         # All heads count, since one on a few hundred images says little; NLL would also measure their calibration.
         error = round(1 - statistics.fmean(valid[f"accuracy_{name}"] for name in HEADS), 6)  # so that ties are ties
         heads = ", ".join(f"{name} {valid['accuracy_' + name]:.2f}" for name in HEADS)
-        text = f"loss {means['loss']:.3f}; valid {heads}, NLL {valid['nll']:.3f}"
-        run.save(epoch, error, text, train=means, valid=valid, lr=lr)
+        summary = f"{title}: loss {means['loss']:.3f}; valid {heads}, NLL {valid['nll']:.3f}"
+        run.save(epoch, error, summary, train=means, valid=valid, lr=lr)
     machine.print(f"best backbone: {run.best_path}")
     folders = f"--data_dir {quote(str(args.data_dir))} --save_dir {quote(str(args.save_dir))}"
     skip = " --skip_bad_images" if args.skip_bad_images else ""

@@ -69,8 +69,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 # --- flags
-
-# Flags that describe a command, not a run: checkpoints do not store them.
+# Those that describe a command, not a run: checkpoints do not store them.
 OF_COMMAND = ("task", "save_dir", "imgs_dir", "images", "n_samples", "n_trajectories", "stop_at", "skip_bad_images")
 OF_COMMAND += ("resume_training", "overwrite", "tensorboard", "device", "gpus", "compile", "num_workers")
 MAY_CHANGE = ("data_dir", "epochs", "batch_size", "lr", "attention_lr", "lr_schedule", "precision")  # when resuming
@@ -492,8 +491,8 @@ class Run:
         states = {name: cpu_state(module) for name, module in self.best.items()}
         save_checkpoint(self.best_path, {**states, "epoch": epoch, "metrics": metrics, **self.stored})
 
-    def save(self, epoch: int, score: float, text: str, **metrics: Any) -> None:
-        """Write an epoch (from 0), also as the best one if no earlier score is lower, and print the text."""
+    def save(self, epoch: int, score: float, summary: str, **metrics: Any) -> None:
+        """Write an epoch (from 0), also as the best one if no earlier score is lower, and print its summary."""
         is_best, self.best_score = score <= self.best_score, min(score, self.best_score)
         metrics["seconds"] = seconds = time.perf_counter() - self.epoch_start
         row = {"epoch": epoch + 1}
@@ -511,5 +510,5 @@ class Run:
             # Last, so that a run that is stopped before repeats the epoch when resumed.
             state = {"model_dict": cpu_state(self.model), "optimizer": self.optimizer.state_dict(), "log": self.rows}
             save_checkpoint(self.last_path, {**state, "epoch": epoch, "best_score": self.best_score, **self.stored})
-        self.machine.print(f"epoch {epoch + 1}/{self.args.epochs}: {text}{' (best)' * is_best}; {seconds:.0f} s")
+        self.machine.print(f"{summary}{' (best)' if is_best else ''}; {seconds:.0f} s")
         self.epoch_start = time.perf_counter()

@@ -102,9 +102,8 @@ def draw_row(classifier: Classifier, prediction: Prediction, label: int) -> Imag
     ):
         row.paste(image, (i * (TILE + GAP), 0))
     p, answer = prediction.drawn[-1], int(prediction.drawn[-1].argmax())
-    text = f"{names[answer]}\n({p[answer]:.0%} sure)\n\n" + (
-        "right" if answer == label else f"wrong: it is\n{names[label]}"
-    )
+    verdict = "right" if answer == label else f"wrong: it is\n{names[label]}"
+    text = f"{names[answer]}\n({p[answer]:.0%} sure)\n\n{verdict}"
     ImageDraw.Draw(row).multiline_text((3 * (TILE + GAP), 40), text, "black" if answer == label else "#c00000", font)
     return row
 
